@@ -1,0 +1,119 @@
+"""Whether audio reached the model, what trains, and how far: encoder, branches, parts, loss and gradients of a record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from probe.assemble.draft import Draft, PartFacts, ratio
+from probe.assemble.inputs import audio_codes, placeholder_counts
+from probe.capture.observers.branches import branch_cell
+from probe.capture.observers.gradients import OUTPUT_CELL, part_cell
+from probe.capture.observers.inputs import CELL as INPUTS
+from probe.capture.observers.loss import CELL as LOSS
+from probe.records import Branches, Conditioning, Optimisation, Part, SiteStatistics
+
+
+def conditioning(draft: Draft, found: Sequence[SiteStatistics]) -> Conditioning:
+    """Return the conditioning row, and enter the ``probe/audio_encoder/…`` and ``probe/projector/…`` metrics."""
+    encoders = [row for row in found if row.role == "audio_encoder"]
+    projectors = [row for row in found if row.role == "projector"]
+    micro_batches = int(draft.host.cells[INPUTS.name].counts["micro_batches"])
+    gradient = _output_gradient(draft)
+    if encoders:
+        _encoder_metrics(draft, encoders[0], gradient)
+    else:
+        draft.reasons.setdefault("audio_encoder", draft.run.sites.missing.get("audio_encoder", "no audio encoder was found"))
+    if projectors:
+        draft.measure("probe/projector/rms", projectors[0].rms, _why(projectors[0]))
+    calls = encoders[0].calls if encoders else 0
+    return Conditioning(
+        encoder=encoders[0].site if encoders else "",
+        encoder_calls=calls,
+        micro_batches_without_encoder=max(0, micro_batches - calls) if encoders else 0,
+        output_gradient_norm=gradient if encoders else None,
+        audio_codes=audio_codes(draft),
+        tokens=tuple(placeholder_counts(draft)),
+    )
+
+
+def _why(row: SiteStatistics) -> str:
+    if row.calls == 0:
+        return f"{row.site} was not called in any training forward of this step"
+    return f"{row.nonfinite} NaN or Inf values in the output of {row.site}" if row.nonfinite else f"the output of {row.site} is empty"
+
+
+def _encoder_metrics(draft: Draft, row: SiteStatistics, gradient: float | None) -> None:
+    why = _why(row)
+    many = why if not row.calls or row.nonfinite else f"its output has the shape {row.shape}: "
+    draft.measure("probe/audio_encoder/calls", float(row.calls), why)
+    draft.measure("probe/audio_encoder/nonfinite", float(row.nonfinite) if row.calls else None, why)
+    draft.measure("probe/audio_encoder/rms", row.rms, why)
+    draft.measure("probe/audio_encoder/time_std", row.time_std, many if many is why else many + "no time dimension of at least two frames")
+    draft.measure("probe/audio_encoder/batch_std", row.batch_std, many if many is why else many + "no batch of at least two clips")
+    no_gradient = why if not row.calls else draft.host.reasons.get("encoder_output_gradient", "no backward reached the encoder's output")
+    draft.measure("probe/audio_encoder/gradient_norm", gradient, no_gradient)
+
+
+def _output_gradient(draft: Draft) -> float | None:
+    values = draft.host.cells[OUTPUT_CELL.name]
+    if not values.counts["calls"]:
+        return None
+    scale = draft.host.local.get("loss_scale")
+    norm = math.sqrt(values.sums["sum_of_squares"]) if values.sums["sum_of_squares"] >= 0 else math.nan
+    return norm if scale is None else norm / float(scale)
+
+
+def branches(draft: Draft) -> tuple[Branches, ...]:
+    """Return token counts of every layer with separate feed-forward branches, and enter the share of each branch."""
+    layers: dict[str, dict[str, int]] = {}
+    for site in draft.run.sites.of("feed_forward"):
+        tokens = draft.count(branch_cell(site.name), "tokens")
+        layers.setdefault(site.name.rpartition(".")[0], {})[site.modality or "text"] = int(tokens)
+    rows = tuple(Branches(layer, tokens.get("text", 0), tokens.get("audio", 0)) for layer, tokens in layers.items())
+    text, audio = sum(row.text_tokens for row in rows), sum(row.audio_tokens for row in rows)
+    why = "no token reached either branch" if rows else "no decoder layer has separate feed-forward branches for text and audio"
+    draft.measure("probe/feed_forward/text_token_share", ratio(text, text + audio), why)
+    draft.measure("probe/feed_forward/audio_token_share", ratio(audio, text + audio), why)
+    return rows
+
+
+def parts(draft: Draft) -> tuple[Part, ...]:
+    """Return what trains in each part and which gradient reached it, and enter the norms."""
+    return tuple(_parts(draft))
+
+
+def _parts(draft: Draft) -> Iterator[Part]:
+    squares: list[float] = []
+    unread: list[str] = []
+    for part in draft.run.parts:
+        row = _part(draft, part)
+        if row.gradient_norm is not None:
+            squares.append(row.gradient_norm**2)
+        elif part.trainable:
+            unread.append(part.name)
+        yield row
+    why = f"the gradient of {', '.join(unread)} could not be read" if unread else "no parameter trains"
+    draft.measure("probe/grad/norm", math.sqrt(sum(squares)) if squares and not unread else None, why)
+
+
+def _part(draft: Draft, part: PartFacts) -> Part:
+    maxima = draft.host.cells[part_cell(part.name)].maxima
+    squares, missing = maxima["sum_of_squares"], maxima["without_gradient"]
+    read = squares != -math.inf
+    norm = math.sqrt(squares) if read and squares >= 0 else math.nan if read else None
+    why = draft.host.reasons.get(f"probe/grad/{part.name}/norm", "training_step did not end with a complete backward")
+    value = draft.measure(f"probe/grad/{part.name}/norm", norm, why)
+    return Part(part.name, part.elements, ratio(part.trainable, part.elements) or 0.0, int(missing) if read else None, value)
+
+
+def optimisation(draft: Draft) -> Optimisation:
+    """Return loss, learning rates and gradient norm of the step, and enter ``probe/loss`` and ``probe/learning_rate``."""
+    values = draft.host.cells[LOSS.name]
+    ranks = draft.count("step", "ranks")
+    total = ratio(values.sums["loss"], ranks) if values.counts["micro_batches"] else None
+    why = draft.host.reasons.get("probe/loss", "no training_step returned a loss in this step")
+    loss = draft.measure("probe/loss", total, why)
+    rates = tuple(draft.host.facts.get("learning_rates", ()))
+    draft.measure("probe/learning_rate", rates[0] if rates else None, "the optimizer's learning rates are not known on the host")
+    return Optimisation(loss, rates, draft.metrics.get("probe/grad/norm"))

@@ -1,0 +1,74 @@
+"""The metrics and reasons of a record while it is being put together, and what is known of the whole run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from probe.assemble.text import Decoder
+from probe.merge.packing import HostStep
+from probe.sites.discovery import SiteMap
+from probe.sites.facts import ModelFacts
+
+
+@dataclass(frozen=True, slots=True)
+class PartFacts:
+    """Size of one part of the model, in elements."""
+
+    name: str
+    elements: int
+    trainable: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunContext:
+    """What does not change from step to step: the sites, the model's facts, its parts, the ranks, how ids become text.
+
+    Attributes:
+        reasons: What was not measured in the whole run, and why.
+        frames_per_second: Rate of the audio features' frames, where a feature extractor tells it.
+    """
+
+    sites: SiteMap
+    facts: ModelFacts
+    parts: tuple[PartFacts, ...]
+    world: int
+    decoder: Decoder
+    reasons: Mapping[str, str] = field(default_factory=dict)
+    frames_per_second: float | None = None
+
+
+@dataclass(slots=True)
+class Draft:
+    """Metrics and reasons gathered so far for one step."""
+
+    host: HostStep
+    run: RunContext
+    metrics: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def measure(self, name: str, value: float | None, why: str) -> float | None:
+        """Enter a metric, or the reason why there is none. NaN and infinities are never entered: they are named.
+
+        Returns:
+            The value if it was entered, else ``None``.
+        """
+        if value is None:
+            self.reasons.setdefault(name, why)
+            return None
+        if not math.isfinite(value):
+            self.reasons.setdefault(name, f"not a finite number: {value}")
+            return None
+        self.metrics[name] = float(value)
+        return float(value)
+
+    def count(self, cell: str, column: str) -> float:
+        """Return a count; 0 if the run has no such cell."""
+        values = self.host.cells.get(cell)
+        return values.counts[column] if values else 0.0
+
+
+def ratio(numerator: float, denominator: float) -> float | None:
+    """Return numerator / denominator, or ``None`` if there is nothing to divide by."""
+    return numerator / denominator if denominator else None

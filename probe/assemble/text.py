@@ -1,0 +1,68 @@
+"""Token ids as text: special tokens visible, unknown ids named by their position, long repetitions folded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+FOLD = 8
+"""A token repeated at least this often in a row is written once, with its count (audio placeholders come by the hundred)."""
+
+
+class Decoder:
+    """Turns ids into text with the user's tokenizer, and never fails: what the tokenizer cannot decode is named or left as ids."""
+
+    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
+        """Decode with a tokenizer, or a processor that holds one; ``say`` hears once if it cannot decode."""
+        inner = getattr(tokenizer, "tokenizer", None)
+        self._tokenizer = inner if hasattr(inner, "decode") else tokenizer if hasattr(tokenizer, "decode") else None
+        self._say = say
+        self.reason = "" if self._tokenizer is not None else "no tokenizer: give one with attach(tokenizer=) or as the Trainer's processing_class"
+
+    def text(self, ids: Sequence[int]) -> str | None:
+        """Return the text of ids; ``None`` if there is no tokenizer that works (``reason`` says why)."""
+        if self._tokenizer is None:
+            return None
+        try:
+            return "".join(self._pieces(list(ids)))
+        except Exception as error:  # a user's tokenizer may raise anything
+            self.reason = f"the tokenizer cannot decode ({type(error).__name__}: {error}); ids are shown instead"
+            self._tokenizer = None
+            self._say(self.reason)
+            return None
+
+    def _pieces(self, ids: list[int]) -> Iterator[str]:
+        known = self._vocabulary()
+        position = 0
+        plain: list[int] = []
+        for token, run in groupby(ids):
+            length = len(list(run))
+            inside = token >= 0 and (known is None or token < known)
+            if inside and length < FOLD:
+                plain += [token] * length
+            else:
+                yield self._decode(plain)
+                plain = []
+                yield self._run(token, length, position, inside, known)
+            position += length
+        yield self._decode(plain)
+
+    def _run(self, token: int, length: int, position: int, inside: bool, known: int | None) -> str:
+        if inside:
+            return f"{self._decode([token])}(x{length})"
+        places = f"position {position}" if length == 1 else f"positions {position} to {position + length - 1}"
+        return f"[id {token} at {places} is outside the tokenizer's {known} tokens]"
+
+    def _decode(self, ids: list[int]) -> str:
+        assert self._tokenizer is not None
+        if not ids:
+            return ""
+        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _vocabulary(self) -> int | None:
+        try:
+            return len(self._tokenizer)  # type: ignore[arg-type]  # added tokens count, which vocab_size leaves out
+        except TypeError:
+            size = getattr(self._tokenizer, "vocab_size", None)
+            return size if isinstance(size, int) else None

@@ -1,0 +1,1 @@
+"""One observer a concern: each turns what a hook sees into sums of its own cells."""

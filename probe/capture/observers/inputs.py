@@ -1,0 +1,125 @@
+"""Watches what goes into the root: every input tensor, token ids, labels, audio features and codes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from probe.capture.buffer import StepBuffer
+from probe.capture.cells import Cell
+from probe.capture.observer import Call, Watcher
+from probe.measure.clips import COLUMNS as CLIP_COLUMNS
+from probe.measure.clips import describe_clips
+from probe.measure.statistics import summarise
+from probe.sites.batch import audio_codes, audio_features, samples_in, text_labels
+from probe.sites.facts import ModelFacts
+
+FIRST_VALUES = 10
+SHOWN_SAMPLES = 2
+SHOWN_TOKENS = 8192
+SHOWN_CLIPS = 16
+CELL = Cell(
+    "inputs",
+    counts=("micro_batches", "samples", "tokens", "label_positions", "clips", "batches_without_clips"),
+    sums=("padding", "masked_tokens", "labels_masked", "ids_outside", "clips_constant", "audio_codes"),
+)
+CODES = Cell("audio_codes", counts=("batches",), sums=("positions",))
+
+
+class InputWatcher(Watcher):
+    """Statistics of every input of the step's first micro-batch, and counts over all micro-batches."""
+
+    name = "inputs"
+
+    def __init__(self, facts: ModelFacts, *, keep_text: bool) -> None:
+        """Watch the root of a model with these facts; without ``keep_text`` no token id leaves the device."""
+        self._facts = facts
+        self._keep_text = keep_text
+        self._tokens = Cell("audio_tokens", counts=("batches",), sums=tuple(name for name, _ in facts.audio_tokens))
+
+    def cells(self) -> Sequence[Cell]:
+        """Return the cells of counts over all micro-batches."""
+        return (CELL, CODES, self._tokens)
+
+    def sites(self) -> Sequence[str]:
+        """Return the root."""
+        return ("",)
+
+    def enter(self, call: Call, buffer: StepBuffer) -> None:
+        """Measure the inputs of one micro-batch."""
+        inputs = call.micro.inputs
+        if call.micro.index == 0:
+            for name, value in inputs.items():
+                self._describe(name, value, buffer)
+            self._show(inputs, buffer)
+        self._count(inputs, buffer)
+
+    def _describe(self, name: str, value: Any, buffer: StepBuffer) -> None:
+        """Tell shape, dtype and device of one input, and put its statistics or first values."""
+        known = buffer.totals.facts.setdefault("inputs", {})
+        if not isinstance(value, Tensor):
+            if isinstance(value, (bool, int, float)):
+                known[name] = ((), type(value).__name__, "host", value)
+            return
+        known[name] = (tuple(value.shape), str(value.dtype).removeprefix("torch."), str(value.device), None)
+        sums, maxima = summarise(value)
+        buffer.totals.put(f"input:{name}", torch.cat([sums, maxima]))
+        if self._keep_text and not value.is_floating_point() and value.numel():
+            buffer.totals.put(f"first:{name}", value.reshape(-1)[:FIRST_VALUES])
+
+    def _show(self, inputs: Mapping[str, Any], buffer: StepBuffer) -> None:
+        """Put the token ids and labels of the first samples, and how the audio clips lie."""
+        labels = text_labels(inputs)
+        for key, tensor in (("ids", inputs.get("input_ids")), ("labels", labels[1] if labels else None)):
+            if not isinstance(tensor, Tensor) or tensor.dim() != 2:
+                continue
+            if self._keep_text:
+                shown = tensor[:SHOWN_SAMPLES, :SHOWN_TOKENS]
+                if buffer.reserve(f"inputs/{key}", 8 * shown.numel()):
+                    buffer.totals.put(key, shown)
+        features = audio_features(inputs)
+        if features is not None:
+            buffer.totals.tell("audio_features", (features[0], tuple(features[1].shape)))
+            buffer.totals.put("clips", describe_clips(features[1][:SHOWN_CLIPS]))
+
+    def _count(self, inputs: Mapping[str, Any], buffer: StepBuffer) -> None:
+        ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+        labels, features = text_labels(inputs), audio_features(inputs)
+        sums: dict[str, Tensor] = {}
+        if isinstance(ids, Tensor):
+            if self._facts.vocabulary is not None:
+                sums["ids_outside"] = ((ids < 0) | (ids >= self._facts.vocabulary)).sum()
+            if self._facts.audio_tokens:
+                counted = torch.stack([(ids == token).sum() for _, token in self._facts.audio_tokens]).double()
+                buffer.totals.add(self._tokens.name, counts=(1,), sums=counted)
+        masked = isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape == ids.shape
+        if masked:
+            sums["padding"] = (mask == 0).sum()
+        if labels is not None:
+            sums["labels_masked"] = (labels[1] == -100).sum()
+        if features is not None and features[1].shape[0]:
+            sums["clips_constant"] = describe_clips(features[1])[:, CLIP_COLUMNS.index("constant")].sum()
+        for _, codes, code_mask in audio_codes(inputs, codebooks=self._facts.codebooks):
+            positions = code_mask.sum() if isinstance(code_mask, Tensor) else codes.new_full((), codes.numel() // self._facts.codebooks)
+            buffer.totals.add(CODES.name, counts=(1,), sums=positions.double().reshape(1))
+        counts = (
+            1,
+            samples_in(inputs),
+            ids.numel() if masked and isinstance(ids, Tensor) else 0,
+            labels[1].numel() if labels is not None else 0,
+            features[1].shape[0] if features is not None else 0,
+            int(features is not None and features[1].shape[0] == 0),
+        )
+        buffer.totals.add(CELL.name, counts=counts, sums=_vector(CELL.sums, sums))
+
+
+def _vector(columns: Sequence[str], values: Mapping[str, Tensor]) -> Tensor | None:
+    """Return the values in the order of the columns, float64, zero where there is none; ``None`` if there are none at all."""
+    if not values:
+        return None
+    some = next(iter(values.values()))
+    zero = torch.zeros((), dtype=torch.float64, device=some.device)
+    return torch.stack([values[c].double().to(some.device, non_blocking=True) if c in values else zero for c in columns])

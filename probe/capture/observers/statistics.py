@@ -1,0 +1,65 @@
+"""Watches what comes out of every site: statistics of its output, spread of the encoder's, tensors that the user keeps."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase
+
+from probe.capture.buffer import StepBuffer
+from probe.capture.cells import Cell
+from probe.capture.observer import Call, Watcher, main_tensor
+from probe.measure.spread import spread
+from probe.measure.statistics import COLUMNS_MAXIMA, COLUMNS_SUMS, summarise
+from probe.records import Site
+
+SPREAD_SUMS = ("time_variance", "batch_variance")
+SPREAD_COUNTS = ("time_rows", "batch_rows")
+
+
+def statistics_cell(site: str) -> str:
+    """Return the name of the cell with a site's statistics."""
+    return f"statistics:{site}"
+
+
+def spread_cell(site: str) -> str:
+    """Return the name of the cell with an encoder's spread over time and batch."""
+    return f"spread:{site}"
+
+
+class StatisticsWatcher(Watcher):
+    """One reduction of each output tensor of each site (the root's output is left to the other observers)."""
+
+    name = "statistics"
+
+    def __init__(self, sites: Sequence[Site], *, keep: Collection[str]) -> None:
+        """Watch these sites; ``keep`` holds names, roles or name patterns of those whose output tensors stay in the buffer."""
+        self._watched = {site.name: site for site in sites if site.role != "model"}
+        self._kept = {s.name for s in self._watched.values() if any(p == s.role or fnmatchcase(s.name, p) for p in keep)}
+
+    def cells(self) -> Sequence[Cell]:
+        """Return a cell a site, and one more for each audio encoder."""
+        cells = [
+            Cell(statistics_cell(name), counts=("calls", "elements"), sums=COLUMNS_SUMS, maxima=COLUMNS_MAXIMA) for name in self._watched
+        ]
+        encoders = [s.name for s in self._watched.values() if s.role == "audio_encoder"]
+        return cells + [Cell(spread_cell(name), counts=SPREAD_COUNTS, sums=SPREAD_SUMS) for name in encoders]
+
+    def sites(self) -> Sequence[str]:
+        """Return every site but the root."""
+        return tuple(self._watched)
+
+    def leave(self, call: Call, buffer: StepBuffer) -> None:
+        """Reduce the output of one call."""
+        name, output = call.site.name, main_tensor(call.output)
+        sums = maxima = None
+        if output is not None:
+            output = output.detach()
+            sums, maxima = summarise(output)
+            buffer.totals.tell(f"output:{name}", (tuple(output.shape), str(output.dtype).removeprefix("torch."), str(output.device)))
+            if call.site.role == "audio_encoder" and output.dim() in (2, 3) and output.numel():
+                variances, rows = spread(output)
+                buffer.totals.add(spread_cell(name), counts=rows, sums=variances)
+        buffer.totals.add(
+            statistics_cell(name), counts=(1, 0 if output is None else output.numel()), sums=sums, maxima=maxima
+        )
+        buffer.add(name, micro_batch=call.micro.index, output=output, keep=name in self._kept, sums=sums, maxima=maxima)

@@ -1,0 +1,1 @@
+"""From device sums to host numbers, combined over ranks: two all-reduces and one copy a sampled step."""

@@ -1,0 +1,305 @@
+"""The frozen data that travels from the hooks to whoever reads it: sites, reasons, and the record of one step.
+
+Everything here is plain host data: Python numbers, strings and tuples, no tensor. A number that could not be measured is ``None`` (or
+its key is absent from ``metrics``) and ``StepRecord.not_measured`` says why; NaN never stands for "unknown".
+
+Shapes: B batch, T audio frames, S tokens, H heads, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Role = Literal["model", "audio_encoder", "projector", "attention", "lm_head", "feed_forward", "custom"]
+AttentionKind = Literal["encoder", "decoder", "cross", "joint"]
+Modality = Literal["text", "audio"]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A module of the model with a role.
+
+    Attributes:
+        name: Dotted module name below the trained model, without the prefixes that wrappers add ("" is the root).
+        role: What the module is to the probe.
+        found_by: The rule that found it, in words a person understands.
+        kind: For an attention layer: "encoder" (audio over audio), "decoder" (tokens over tokens, text only or with a separate
+            encoder), "cross" (tokens over audio), "joint" (text and audio in one sequence).
+        modality: For an LM head or a feed-forward branch: which tokens it serves.
+        codebooks: For an audio LM head: how many codebooks its last dimension holds side by side; 0 for a text head.
+    """
+
+    name: str
+    role: Role
+    found_by: str
+    kind: AttentionKind | None = None
+    modality: Modality | None = None
+    codebooks: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class InputTensor:
+    """One input of the model by name, as the first micro-batch of the step held it on this rank.
+
+    ``minimum``, ``maximum`` and ``mean`` are over all elements; ``first_values`` is filled for integer tensors only. ``note`` says
+    what is odd about the content ("empty", "constant", "3 non-finite values"), or is "".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+    minimum: float | None = None
+    maximum: float | None = None
+    mean: float | None = None
+    first_values: tuple[int, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AudioSegment:
+    """A run of audio in one sample.
+
+    ``start`` and ``length`` count in ``unit``: "tokens" are placeholder positions in ``input_ids``, "frames" are frames of the audio
+    features. ``seconds`` is filled where a feature extractor tells the frame rate. ``note`` says what is odd ("empty", "constant"),
+    or is "".
+    """
+
+    sample: int
+    start: int
+    length: int
+    unit: Literal["tokens", "frames"]
+    seconds: float | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class InputSample:
+    """The token ids of one sample of the first micro-batch, and their text.
+
+    ``text`` and ``label_text`` keep special tokens visible and name an id that the tokenizer does not know by its position. They are
+    ``None`` without a tokenizer, or with ``keep_text=False`` (then the ids are left out too).
+    """
+
+    index: int
+    ids: tuple[int, ...] = ()
+    text: str | None = None
+    label_ids: tuple[int, ...] = ()
+    label_text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """What went into the model in one step.
+
+    ``padding_share``: share of token positions that the attention mask hides. ``labels_masked_share``: share of label positions that
+    are -100. ``ids_outside_vocabulary``: token ids below 0 or not below the rows of the input embedding. All three are over all
+    micro-batches and ranks; the tables are of this rank's first micro-batch.
+    """
+
+    micro_batches: int
+    samples: int
+    tensors: tuple[InputTensor, ...] = ()
+    shown: tuple[InputSample, ...] = ()
+    audio: tuple[AudioSegment, ...] = ()
+    padding_share: float | None = None
+    labels_masked_share: float | None = None
+    ids_outside_vocabulary: int | None = None
+    audio_clips: int | None = None
+    audio_clips_constant: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SiteStatistics:
+    """What came out of one site in one step, over all its calls, micro-batches and ranks.
+
+    ``shape`` and ``dtype`` are those of the last call on this rank. ``nonfinite`` counts NaN and Inf values; with any of them the
+    other statistics are ``None``. ``time_std`` is the square root of the variance over the frames of a clip, averaged over clips and
+    width (0: collapsed in time); ``batch_std`` the same over the clips of a batch.
+    """
+
+    site: str
+    role: Role
+    calls: int
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    elements: int = 0
+    mean: float | None = None
+    rms: float | None = None
+    std: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    nonfinite: int = 0
+    time_std: float | None = None
+    batch_std: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How well one head (or one codebook of it) predicted its labels, teacher-forced, over all labelled positions of the step.
+
+    ``loss`` is the cross-entropy in nats per labelled token (no smoothing, no scaling); ``token_accuracy`` and ``top5_accuracy`` are
+    shares; ``entropy`` is the mean entropy of the predicted distribution in nats.
+    """
+
+    labelled: int
+    loss: float | None = None
+    token_accuracy: float | None = None
+    top5_accuracy: float | None = None
+    entropy: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """One LM head in one step: its logits, its accuracy, and predicted against target tokens of one sample.
+
+    ``shape``, ``dtype`` and ``device`` are of the last call on this rank; ``mean``, ``minimum``, ``maximum`` are over all logits.
+    ``predicted`` and ``target`` are the labelled positions of sample 0 of this rank's first micro-batch, in order, aligned with each
+    other. ``alignment`` says how labels and logits were laid over each other ("shifted by one", …).
+    """
+
+    site: str
+    modality: Modality
+    calls: int
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    device: str = ""
+    mean: float | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    nonfinite: int = 0
+    accuracy: Accuracy | None = None
+    codebooks: tuple[Accuracy, ...] = ()
+    alignment: str = ""
+    predicted: tuple[int, ...] = ()
+    target: tuple[int, ...] = ()
+    predicted_text: str | None = None
+    target_text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HeadwiseAttention:
+    """Per attention head of one layer, on this rank: one value a head, in order."""
+
+    entropy_nats: tuple[float, ...] = ()
+    first_token: tuple[float, ...] = ()
+    text_to_audio: tuple[float, ...] = ()
+    audio_to_text: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """One attention layer in one step, from its probabilities before dropout, for sampled query rows.
+
+    ``how`` says where the probabilities came from ("materialised softmax", "recomputed from q and k"). ``rows`` is the number of
+    (query, sample) pairs looked at; means are weighted by what each row stands for. ``entropy`` is relative to the logarithm of the
+    number of visible keys (0 … 1). ``first_token``, ``padding`` and the ``…_to_…`` values are probability masses.
+    """
+
+    site: str
+    kind: AttentionKind
+    how: str
+    calls: int
+    heads: int = 0
+    keys: int = 0
+    rows: int = 0
+    entropy: float | None = None
+    entropy_nats: float | None = None
+    first_token: float | None = None
+    padding: float | None = None
+    text_to_text: float | None = None
+    text_to_audio: float | None = None
+    audio_to_text: float | None = None
+    audio_to_audio: float | None = None
+    per_head: HeadwiseAttention | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Branches:
+    """One decoder layer with separate feed-forward branches for text and audio: how many tokens each received."""
+
+    layer: str
+    text_tokens: int
+    audio_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the model (encoder, projector, heads, the rest): what trains in it and what gradient reached it.
+
+    ``parameters`` counts elements; ``trainable_share`` is the share of them with ``requires_grad``. ``without_gradient`` counts
+    parameter tensors that should train and received none. ``gradient_norm`` is the L2 norm before clipping.
+    """
+
+    name: str
+    parameters: int
+    trainable_share: float
+    without_gradient: int | None = None
+    gradient_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What audio the model was conditioned on in one step, over all micro-batches and ranks.
+
+    ``encoder`` is the encoder's site name ("" if there is none). ``output_gradient_norm`` is the norm of the gradient that reached
+    the encoder's output. ``audio_codes`` counts positions of discrete audio codes among the inputs. ``tokens`` counts, by the
+    config's own name for it (``audio_token_id``, …), how often each special audio token stands in ``input_ids``.
+    """
+
+    encoder: str = ""
+    encoder_calls: int = 0
+    micro_batches_without_encoder: int = 0
+    output_gradient_norm: float | None = None
+    audio_codes: int | None = None
+    tokens: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Optimisation:
+    """The loss, the learning rate and the gradient norm of one step.
+
+    ``loss`` is what ``training_step`` returned, summed over the micro-batches and averaged over ranks: the number that was
+    backpropagated. ``gradient_norm`` is before clipping, over all parameters that train.
+    """
+
+    loss: float | None = None
+    learning_rates: tuple[float, ...] = ()
+    gradient_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A diagnosis: something that is, or may be, wrong with the run."""
+
+    code: str
+    severity: Literal["critical", "warning", "info"]
+    site: str
+    since_step: int
+    message: str
+    evidence: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """The finished, host-side, immutable result of one sampled step.
+
+    ``metrics`` holds every number by its public name (``probe/text/loss``); ``not_measured`` says for everything that is missing
+    why it is. Tables (``inputs``, ``heads``, …) hold what does not fit a name.
+    """
+
+    step: int
+    time: float
+    ranks: int
+    metrics: dict[str, float]
+    not_measured: dict[str, str]
+    inputs: Inputs | None = None
+    statistics: tuple[SiteStatistics, ...] = ()
+    heads: tuple[Head, ...] = ()
+    attention: tuple[Attention, ...] = ()
+    branches: tuple[Branches, ...] = ()
+    parts: tuple[Part, ...] = ()
+    conditioning: Conditioning | None = None
+    optimisation: Optimisation | None = None
+    findings: tuple[Finding, ...] = ()
