@@ -13,10 +13,10 @@ FOLD = 8
 class Decoder:
     """Turns ids into text with the user's tokenizer, and never fails: what the tokenizer cannot decode is named or left as ids."""
 
-    def __init__(self, tokenizer: Any, say: Callable[[str], None]) -> None:
-        """Decode with a tokenizer, or a processor that holds one; ``say`` hears once if it cannot decode."""
-        inner = getattr(tokenizer, "tokenizer", None)
-        self._tokenizer = inner if hasattr(inner, "decode") else tokenizer if hasattr(tokenizer, "decode") else None
+    def __init__(self, processors: Sequence[Any], say: Callable[[str], None]) -> None:
+        """Decode with the first of these that is a tokenizer or a processor that holds one; ``say`` hears once if it cannot decode."""
+        candidates = [found for p in processors for found in (getattr(p, "tokenizer", None), p) if hasattr(found, "decode")]
+        self._tokenizer = candidates[0] if candidates else None
         self._say = say
         self.reason = "" if self._tokenizer is not None else "no tokenizer: give one with attach(tokenizer=) or as the Trainer's processing_class"
 

@@ -110,6 +110,10 @@ class StepBuffer:
         self.bytes += nbytes
         return True
 
+    def release(self, nbytes: int) -> None:
+        """Give back bytes that were reserved and are free again."""
+        self.bytes -= nbytes
+
     def add(self, site: str, *, micro_batch: int, output: Tensor | None, keep: bool, sums: Tensor | None, maxima: Tensor | None) -> None:
         """Record one call of a site. Over budget the call is still counted, without its tensor and, at the end, without its statistics."""
         calls = self._captures.setdefault(site, [])

@@ -124,7 +124,7 @@ class AttentionTap(TorchFunctionMode):
 
     def __exit__(self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None) -> None:
         """Leave the mode; say what could not be read, unless the module raised or another call was reported."""
-        super().__exit__(exc_type, exc_value, traceback)
+        super().__exit__(exc_type, exc_value, traceback)  # type: ignore[no-untyped-call]
         if exc_type is None and self.reported == 0 and self._unreadable is not None:
             self._on_error(NotObservable(self._unreadable))
 
@@ -164,5 +164,5 @@ class AttentionTap(TorchFunctionMode):
             if heads is None or weights.shape[0] % heads:
                 self._unreadable = f"softmax over {tuple(weights.shape)}: not (batch, heads, queries, keys)"
                 return None
-            scores, weights = scores.unflatten(0, (-1, heads)), weights.unflatten(0, (-1, heads))
+            scores, weights = (part.reshape(-1, heads, *part.shape[1:]) for part in (scores, weights))
         return AttentionCall(kind="softmax", scores_BHSK=scores, weights_BHSK=weights) if weights.dim() == 4 else None

@@ -78,6 +78,6 @@ def gradient_scale(trainer: Any) -> Tensor | None:
     return loss_scale(getattr(trainer.accelerator, "scaler", None))
 
 
-def decoder_of_text(trainer: Any) -> Any | None:
+def processing_class(trainer: Any) -> Any | None:
     """Return the Trainer's processing class (a tokenizer, a processor, …), or ``None``."""
     return getattr(trainer, "processing_class", None)

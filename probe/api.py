@@ -1,0 +1,83 @@
+"""``attach``: the one line that a training script adds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+from torch import nn
+
+from probe.attachment import Probe
+from probe.callbacks import (
+    InputLoggerCallback,
+    OutputLoggerCallback,
+    SharedAttentionLoggerCallback,
+    ZeroShotVerificationLoggerCallback,
+)
+from probe.errors import AttachError, ProbeTypeError
+from probe.registry import REGISTRY
+from probe.settings import CompileMode, Options, Settings, SiteChoices, check_keep
+from probe.trainer.record_callback import RecordCallback
+from probe.trainer.wiring import is_switched_off, watch_trainers
+
+
+def attach(
+    model: nn.Module,
+    *,
+    every: int = 100,
+    tokenizer: Any = None,
+    sites: SiteChoices = "auto",
+    keep: Collection[str] = (),
+    budget_mib: float = 64,
+    compile: CompileMode = "window",
+    settings: Settings | None = None,
+) -> Probe:
+    """Observe the training of a model by any Hugging Face Trainer, before or after the Trainer is built.
+
+    Nothing is hooked until training begins, and then only inside sampled steps: the first one, and every ``every``-th. The Trainer
+    needs no change: the callbacks of :mod:`probe.callbacks` that it lacks are added while it trains.
+
+    Args:
+        model: The model that will be trained, or any module of it. A wrapper, PEFT or DDP may go round it later.
+        every: Cadence of sampled steps, at least 1.
+        tokenizer: Turns token ids into text; a processor that holds one will do. Default: the Trainer's processing class.
+        sites: "auto", or a mapping from role to module, name pattern, or a list of these. A list replaces what was found for its
+            role; the word "auto" inside it keeps that; the role "custom" adds sites.
+        keep: Names, roles or name patterns of sites whose output tensors stay in ``p.buffer`` until the next step begins.
+        budget_mib: Upper bound in MiB of what the step buffer holds; what does not fit is left out and named.
+        compile: "window" runs sampled steps of a compiled model eagerly; "off" leaves compiled models unobserved.
+        settings: What is rarer.
+
+    Returns:
+        The probe; the same one when called again with the same options.
+
+    Raises:
+        ProbeTypeError, ProbeValueError: if an argument is of the wrong type, or out of its bounds.
+        SiteError: if ``sites`` names a module that the model does not have; the message names the nearest ones.
+        AttachError: if the model has a probe with other options.
+    """
+    if not isinstance(model, nn.Module):
+        inner = getattr(model, "model", None)
+        hint = "; pass its .model instead" if isinstance(inner, nn.Module) else ""
+        raise ProbeTypeError(f"attach(model): expected a torch.nn.Module, got {type(model).__name__}{hint}")
+    options = Options(every, tokenizer, sites, check_keep(keep), budget_mib, compile, settings or Settings())
+    if is_switched_off():
+        return Probe(model, options, callbacks=_four, enabled=False)
+    known = REGISTRY.get(model)
+    if known is not None:
+        if known.options == options:
+            return known
+        differences = known.options.differences(options)
+        raise AttachError(f"this {type(model).__name__} has a probe with other options ({differences}); call its detach() first")
+    probe = Probe(model, options, callbacks=_four)
+    REGISTRY.add(model, probe, patch=watch_trainers)
+    return probe
+
+
+def _four(every: int) -> Sequence[RecordCallback]:
+    return (
+        InputLoggerCallback(log_every_n_steps=every),
+        OutputLoggerCallback(log_every_n_steps=every),
+        SharedAttentionLoggerCallback(log_every_n_steps=every),
+        ZeroShotVerificationLoggerCallback(log_every_n_steps=every),
+    )

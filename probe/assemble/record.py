@@ -1,0 +1,50 @@
+"""Puts the record of one step together from its host numbers, concern by concern."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from probe.assemble.attention import attention
+from probe.assemble.conditioning import branches, conditioning, optimisation, parts
+from probe.assemble.draft import Draft, RunContext
+from probe.assemble.inputs import inputs
+from probe.assemble.outputs import heads, statistics
+from probe.merge.packing import HostStep
+from probe.records import StepRecord
+
+_ROLES_WORTH_NAMING = ("audio_encoder", "projector", "attention", "lm_head")
+
+
+def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[str, str]) -> StepRecord:
+    """Return the record of a step.
+
+    Args:
+        step: Its number.
+        host: Its numbers; the ranks' are combined in the cells.
+        run: What is known of the whole run.
+        failures: Parts of the probe that an error has switched off, and why.
+    """
+    draft = Draft(host, run)
+    draft.reasons.update(run.reasons)
+    draft.reasons.update({role: run.sites.missing[role] for role in _ROLES_WORTH_NAMING if role in run.sites.missing})
+    draft.reasons.update({part: reason for part, reason in failures.items()})
+    tables = statistics(draft)
+    record = StepRecord(
+        step=step,
+        time=time.time(),
+        ranks=int(draft.count("step", "ranks")) or 1,
+        metrics=draft.metrics,
+        not_measured=draft.reasons,
+        inputs=inputs(draft),
+        statistics=tables,
+        heads=heads(draft, tables),
+        attention=attention(draft),
+        branches=branches(draft),
+        parts=parts(draft),
+        conditioning=conditioning(draft, tables),
+        optimisation=optimisation(draft),
+    )
+    for what, why in host.reasons.items():
+        draft.reasons.setdefault(what, why)
+    return record

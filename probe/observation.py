@@ -1,0 +1,191 @@
+"""One run being observed: its sites, its observers, and the way of a step from armed hooks to a finished record."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from probe.assemble.draft import PartFacts, RunContext
+from probe.assemble.record import assemble
+from probe.assemble.text import Decoder
+from probe.capture.breaker import Breaker
+from probe.capture.buffer import StepBuffer
+from probe.capture.cells import Cell
+from probe.capture.hooks import HookSet
+from probe.capture.observer import Observer, StepEnd
+from probe.capture.observers.attention import AttentionWatcher
+from probe.capture.observers.branches import BranchWatcher
+from probe.capture.observers.gradients import GradientWatcher, parts_of
+from probe.capture.observers.heads import HeadWatcher
+from probe.capture.observers.inputs import InputWatcher
+from probe.capture.observers.loss import LossWatcher
+from probe.capture.observers.statistics import StatisticsWatcher
+from probe.capture.totals import Totals
+from probe.capture.window import Window
+from probe.merge.layout import make_layout
+from probe.merge.packing import Transfer, pack
+from probe.merge.ranks import agree
+from probe.records import StepRecord
+from probe.settings import Options
+from probe.sites.discovery import Discovery, discover
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A sampled step whose numbers are on their way to the host, and the tensors that the user keeps of it."""
+
+    step: int
+    transfer: Transfer
+    kept: dict[str, Tensor]
+
+
+class Observation:
+    """Observes the training forwards of one model.
+
+    The order of a sampled step: :meth:`micro_batch` round each ``training_step``, :meth:`after_backward` when the last one's
+    gradients are complete, :meth:`finish` when the step has ended, :meth:`record` once the numbers are wanted on the host.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        options: Options,
+        *,
+        around: nn.Module,
+        processors: Sequence[Any],
+        say: Callable[[str], None],
+        train_call: int,
+    ) -> None:
+        """Find the sites and make the observers; no hook is registered yet.
+
+        Args:
+            model: The root: what the Trainer trains, below DDP.
+            options: What ``attach`` was asked for.
+            around: What the Trainer calls: the root, or a wrapper round it.
+            processors: Tokenizers, feature extractors or processors, best first: the first that decodes turns ids into text, the
+                first that extracts features tells the frame rate.
+            say: Receives one line when something is switched off.
+            train_call: Number of this ``train()`` call in the process, the same on every rank.
+        """
+        self.discovery = discover(model, choices=options.sites)
+        self.breaker = Breaker(say)
+        self._model = model
+        self._observers = _observers(model, self.discovery, options, self.breaker)
+        step_cell = Cell("step", counts=("ranks", *(f"failed:{observer.name}" for observer in self._observers)))
+        self._layout = make_layout([step_cell, *(cell for observer in self._observers for cell in observer.cells())])
+        sites = {site.name: site for site in self.discovery.sites.sites}
+        self._hooks = HookSet(self.discovery.modules, sites, self._observers, self.breaker)
+        flex = any(getattr(getattr(m, "config", None), "_attn_implementation", "") == "flex_attention" for m in model.modules())
+        self.window = Window(self._hooks, self.breaker, around=around, compile_mode=options.compile, flex=flex)
+        self.buffer = StepBuffer(budget_bytes=int(options.budget_mib * MIB), sites=tuple(sites), cells=self._layout.cells)
+        run = _context(model, self.discovery, options, processors, say)
+        # Last, because nothing may fail between the ranks' agreement and the steps that rely on it.
+        self.ranks = agree(self._layout.fingerprint(), train_call=train_call)
+        self._run = replace(run, world=self.ranks.world, reasons={**run.reasons, **({"ranks": self.ranks.reason} if self.ranks.reason else {})})
+
+    @contextmanager
+    def micro_batch(self, step: int, batch: Mapping[str, Any]) -> Iterator[None]:
+        """Observe the training forwards inside the context as a part of sampled step ``step``.
+
+        If the context is left by an exception, what was captured of the step is dropped: a retry of the step starts afresh.
+        """
+        if self.buffer.step != step:
+            self.buffer.open(step)
+        try:
+            with self.window.armed(self.buffer, batch=batch):
+                yield
+        except BaseException:
+            self.buffer.clear()
+            raise
+
+    def after_backward(self, loss: Any, end: StepEnd | None) -> None:
+        """See one micro-batch's loss and, when its gradients are complete over all micro-batches, the end of the step.
+
+        Args:
+            loss: What ``training_step`` returned.
+            end: Facts of the step's end if this was its last micro-batch, else ``None``.
+        """
+        for observer in self._observers:
+            if self.breaker.is_off(observer.name):
+                continue
+            with self.breaker.guard(observer.name):
+                observer.training_step(loss if isinstance(loss, Tensor) else None, self.buffer)
+                if end is not None:
+                    observer.step_end(end, self.buffer)
+
+    def finish(self) -> Measured | None:
+        """Pack the step's numbers, combine them over ranks and send them to the host, without waiting for the copy.
+
+        Runs on every rank for every sampled step, whatever has failed here: the others are waiting in the same all-reduce. The buffer
+        keeps its content until the next step.
+        """
+        step, totals = self.buffer.step, self.buffer.totals
+        if step is None:
+            return None
+        failed = [float(self.breaker.is_off(observer.name)) for observer in self._observers]
+        totals.add("step", counts=[1.0, *failed])
+        device = self.ranks.device(next((p.device for p in self._model.parameters()), torch.device("cpu")))
+        packed = None
+        with self.breaker.guard("packing"):
+            packed = pack(totals, self._layout, device=device)
+        sums, maxima = packed if packed is not None else pack(Totals(self._layout.cells), self._layout, device=device)
+        if self.ranks.world > 1 and self.ranks.merged:
+            self.ranks.reduce(sums, maxima)
+        return Measured(step, Transfer(totals, self._layout, sums, maxima), self.buffer.kept())
+
+    def record(self, measured: Measured) -> StepRecord:
+        """Return the record of a step. Waits for its numbers if they are still under way.
+
+        A part that failed on any rank is switched off on this one too: the merged record says so to all of them alike.
+        """
+        host = measured.transfer.result()
+        for observer in self._observers:
+            ranks = host.cells["step"].counts[f"failed:{observer.name}"]
+            if ranks and not self.breaker.is_off(observer.name):
+                self.breaker.failures[observer.name] = f"switched off after an error on {int(ranks)} other ranks"
+        return assemble(measured.step, host, self._run, failures=self.breaker.failures)
+
+    def close(self) -> None:
+        """Remove every hook and let go of inputs and captures."""
+        self._hooks.remove()
+        self.buffer.clear()
+
+
+def _observers(model: nn.Module, found: Discovery, options: Options, breaker: Breaker) -> list[Observer]:
+    """Return all observers: the one list that a new concern is added to."""
+    sites, settings = found.sites.sites, options.settings
+    return [
+        InputWatcher(found.facts, keep_text=settings.keep_text),
+        StatisticsWatcher(sites, keep=options.keep),
+        HeadWatcher(sites, found.facts, keep_text=settings.keep_text),
+        AttentionWatcher(sites, found.facts, breaker, rows=settings.attention_rows),
+        BranchWatcher(sites),
+        GradientWatcher(parts_of(model, sites, found.modules), sites, breaker),
+        LossWatcher(),
+    ]
+
+
+def _context(
+    model: nn.Module, found: Discovery, options: Options, processors: Sequence[Any], say: Callable[[str], None]
+) -> RunContext:
+    parts = tuple(PartFacts(p.name, p.elements, p.trainable) for p in parts_of(model, found.sites.sites, found.modules))
+    reasons = {} if options.settings.keep_text else {"inputs/text": "token ids and text are left out by keep_text=False"}
+    decoder = Decoder(processors, say)
+    return RunContext(found.sites, found.facts, parts, 1, decoder, reasons, _frames_per_second(processors))
+
+
+def _frames_per_second(processors: Sequence[Any]) -> float | None:
+    """Return the frame rate of the audio features as the first feature extractor defines it, or ``None``."""
+    for processor in processors:
+        extractor = getattr(processor, "feature_extractor", processor)
+        rate, hop = getattr(extractor, "sampling_rate", None), getattr(extractor, "hop_length", None)
+        if isinstance(rate, int) and isinstance(hop, int) and hop:
+            return rate / hop
+    return None

@@ -1,0 +1,88 @@
+"""Publication: a measured step becomes a record once, is kept as the newest, written, and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from probe.capture.breaker import Breaker
+from probe.observation import Measured, Observation
+from probe.records import StepRecord
+from probe.sections.blocks import Section
+from probe.sinks.run_folder import RunFolder
+from probe.sinks.terminal import TerminalSink
+
+Show = Callable[[StepRecord], Section]
+
+
+class Publisher:
+    """Holds the measured steps that wait, and publishes each once, in order: newest record, run folder, sections.
+
+    An error in a sink is said once and switches that sink off. On ranks other than 0 there is no folder and no terminal; records are
+    made there too, because the merged record is what every rank decides by.
+    """
+
+    def __init__(
+        self,
+        observation: Observation,
+        *,
+        folder: RunFolder | None,
+        terminal: TerminalSink | None,
+        sections: Callable[[int], Sequence[Show]],
+        keep: Callable[[StepRecord], None],
+        write_kept: bool = False,
+    ) -> None:
+        """Publish records of ``observation``.
+
+        Args:
+            observation: Makes the records.
+            folder: Where they are written, or ``None``.
+            terminal: Where sections are shown, or ``None``.
+            sections: Gives, for the number of a step, what shows a section of it.
+            keep: Takes the newest record.
+            write_kept: Whether kept tensors are written to the folder.
+        """
+        self._observation = observation
+        self._breaker: Breaker = observation.breaker
+        self._folder = folder
+        self._terminal = terminal
+        self._sections = sections
+        self._keep = keep
+        self._write_kept = write_kept
+        self._waiting: list[Measured] = []
+        self._unlogged: StepRecord | None = None
+
+    def expect(self, measured: Measured) -> None:
+        """Take a step whose numbers are on their way."""
+        self._waiting.append(measured)
+
+    def publish(self) -> None:
+        """Publish every step that waits. Waits for their numbers if they are still under way."""
+        waiting, self._waiting = self._waiting, []
+        for measured in waiting:
+            with self._breaker.guard("record"):
+                record = self._observation.record(measured)
+                self._keep(record)
+                self._unlogged = record
+                self._write(record, measured)
+                self._show(record)
+
+    def take_for_log(self) -> StepRecord | None:
+        """Return the newest record that no log has carried yet, once."""
+        record, self._unlogged = self._unlogged, None
+        return record
+
+    def _write(self, record: StepRecord, measured: Measured) -> None:
+        if self._folder is None or self._breaker.is_off("run folder"):
+            return
+        with self._breaker.guard("run folder"):
+            self._folder.write(record)
+            if self._write_kept and measured.kept:
+                self._folder.write_kept(record.step, measured.kept)
+
+    def _show(self, record: StepRecord) -> None:
+        if self._terminal is None or self._breaker.is_off("terminal"):
+            return
+        with self._breaker.guard("terminal"):
+            sections = [show(record) for show in self._sections(record.step)]
+            if sections:
+                self._terminal.show(sections)

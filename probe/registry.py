@@ -1,0 +1,59 @@
+"""The one piece of module state: which models have a probe."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+if TYPE_CHECKING:
+    from probe.attachment import Probe
+
+
+class Registry:
+    """Probes by the model they were attached to. Models are held weakly: a probe ends with its model."""
+
+    def __init__(self) -> None:
+        """Start empty; nothing is patched."""
+        self._probes: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
+        self._undo: Callable[[], None] | None = None
+        self._train_calls = 0
+
+    def add(self, model: nn.Module, probe: Probe, *, patch: Callable[[], Callable[[], None]]) -> None:
+        """Enter a probe; with the first one ``patch`` is called, and what it returns when the last one is gone."""
+        if self._undo is None:
+            self._undo = patch()
+        self._probes[model] = probe
+
+    def remove(self, model: nn.Module) -> None:
+        """Take a model's probe out, and undo the patch if it was the last."""
+        self._probes.pop(model, None)
+        if not self._probes and self._undo is not None:
+            self._undo()
+            self._undo = None
+
+    def get(self, model: nn.Module) -> Probe | None:
+        """Return the probe that was attached to exactly this module."""
+        return self._probes.get(model)
+
+    def inside(self, model: Any) -> Iterator[Probe]:
+        """Yield the probes that were attached to a module or to any module in it."""
+        if isinstance(model, nn.Module) and self._probes:
+            for module in list(model.modules()):
+                probe = self._probes.get(module)
+                if probe is not None:
+                    yield probe
+
+    def all(self) -> list[Probe]:
+        """Return every probe."""
+        return list(self._probes.values())
+
+    def next_train_call(self) -> int:
+        """Number the ``train()`` calls that are observed in this process, from 1."""
+        self._train_calls += 1
+        return self._train_calls
+
+
+REGISTRY = Registry()

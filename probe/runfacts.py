@@ -1,0 +1,30 @@
+"""What ``run.json`` says of a run: settings, sites, reasons, the model."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+from probe.observation import Observation
+from probe.settings import Options
+
+
+def run_facts(observation: Observation, options: Options) -> dict[str, Any]:
+    """Return the facts of a run as plain data; tokenizers and modules are named by their class."""
+    found = observation.discovery
+    sites = options.sites if isinstance(options.sites, str) else {role: str(choice) for role, choice in options.sites.items()}
+    return {
+        "settings": {
+            "every": options.every,
+            "tokenizer": None if options.tokenizer is None else type(options.tokenizer).__name__,
+            "sites": sites,
+            "keep": sorted(options.keep),
+            "budget_mib": options.budget_mib,
+            "compile": options.compile,
+            **{name: str(value) if name == "run_folder" and value else value for name, value in asdict(options.settings).items()},
+        },
+        "sites": [asdict(site) for site in found.sites.sites],
+        "missing": dict(found.sites.missing),
+        "model": asdict(found.facts),
+        "ranks": observation.ranks.world,
+    }

@@ -1,0 +1,147 @@
+"""What ``SharedAttentionLoggerCallback`` shows: where the probability mass of the attention went, kind by kind and layer by layer."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from probe.records import Attention, AttentionKind, Branches, StepRecord
+from probe.sections.blocks import Block, Column, Fact, Facts, Section, Table
+from probe.sections.numbers import MISSING, counted, fixed, share, span
+from probe.sections.reasons import ATTENTION, Reasons
+
+_SHOWN_LAYERS = 12
+_KINDS: tuple[tuple[AttentionKind, str], ...] = (
+    ("joint", "Joint attention (text and audio in one sequence)"),
+    ("cross", "Cross-attention (tokens over audio)"),
+    ("decoder", "Decoder self-attention"),
+    ("encoder", "Encoder self-attention"),
+)
+_MASSES = (
+    ("text → audio", "text_to_audio"),
+    ("audio → text", "audio_to_text"),
+    ("text → text", "text_to_text"),
+    ("audio → audio", "audio_to_audio"),
+    ("first token", "first_token"),
+    ("padding", "padding"),
+)
+_EXTREMES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
+    ("lowest entropy", "entropy", min),
+    ("highest entropy", "entropy", max),
+    ("most on first token", "first_token", max),
+    ("most on padding", "padding", max),
+    ("least text → audio", "text_to_audio", min),
+    ("most text → audio", "text_to_audio", max),
+)
+
+
+def section(record: StepRecord) -> Section:
+    """Return the section "Shared attention" of a record."""
+    reasons = Reasons(record, ATTENTION)
+    blocks: list[Block] = []
+    if record.attention:
+        blocks.append(_overall(record, reasons))
+        for kind, title in _KINDS:
+            layers = [layer for layer in record.attention if layer.kind == kind]
+            if layers:
+                blocks.append(_table(title, kind, layers, record.metrics))
+    else:
+        blocks.append(Facts((Fact("Attention", reasons.missing("attention", "probe/attention"), "missing"),)))
+    blocks.append(_branches(record, reasons))
+    return Section(ATTENTION, record.step, (*blocks, *reasons.rest()))
+
+
+def _overall(record: StepRecord, reasons: Reasons) -> Facts:
+    metrics = record.metrics
+    entropy, nats = metrics.get("probe/attention/entropy"), metrics.get("probe/attention/entropy_nats")
+    words = None if entropy is None else f"{fixed(entropy)} of uniform" + ("" if nats is None else f", {fixed(nats, 2)} nats")
+    rows = [reasons.fact("Entropy", words, "probe/attention/entropy")]
+    for label, what in _MASSES:
+        name = f"probe/attention/{what}"
+        if name in metrics:
+            rows.append(Fact(label, f"{share(metrics[name])} of the probability"))
+        elif name in record.not_measured:
+            rows.append(Fact(label, reasons.missing(name), "missing"))
+    return Facts(tuple(rows), f"Mean over {counted(len(record.attention), 'layer')}, before dropout")
+
+
+def _table(title: str, kind: AttentionKind, layers: list[Attention], metrics: dict[str, float]) -> Table:
+    masses = [(label, what) for label, what in _MASSES if any(getattr(layer, what) is not None for layer in layers)]
+    summarised = len(layers) > _SHOWN_LAYERS
+    pattern, names = _short_names([layer.site for layer in layers])
+    columns = (
+        Column("layer"),
+        Column("entropy", True),
+        Column("nats", True),
+        *(Column(label, True) for label, _ in masses),
+        *((Column("shown as", flexible=True),) if summarised else ()),
+    )
+    rows: list[tuple[str, ...]] = []
+    if len(layers) > 1 and f"probe/attention/{kind}/entropy" in metrics:
+        rows.append(_mean_row(kind, len(layers), metrics, masses) + (("",) if summarised else ()))
+    if summarised:
+        rows += [(*_row(name, layer, masses), ", ".join(why)) for name, layer, why in _extremes(names, layers)]
+    else:
+        rows += [_row(name, layer, masses) for name, layer in zip(names, layers)]
+    footer = f"{counted(len(layers), 'layer')}, every one in the record" if summarised else ""
+    heads, keys, rows_seen, calls = (span(getattr(layer, what) for layer in layers) for what in ("heads", "keys", "rows", "calls"))
+    how = ", ".join(sorted({layer.how for layer in layers}))
+    about = f"{heads} heads, {keys} keys, {rows_seen} rows in {calls} calls a layer"
+    return Table(title, columns, tuple(rows), f"{pattern}: {about}; {how}", footer)
+
+
+def _row(name: str, layer: Attention, masses: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    return (name, fixed(layer.entropy), fixed(layer.entropy_nats, 2), *(share(getattr(layer, what)) for _, what in masses))
+
+
+def _mean_row(kind: AttentionKind, layers: int, metrics: dict[str, float], masses: Sequence[tuple[str, str]]) -> tuple[str, ...]:
+    area = f"probe/attention/{kind}"
+    return (
+        f"mean of {layers}",
+        fixed(metrics.get(f"{area}/entropy")),
+        fixed(metrics.get(f"{area}/entropy_nats"), 2),
+        *(share(metrics.get(f"{area}/{what}")) for _, what in masses),
+    )
+
+
+def _extremes(names: Sequence[str], layers: Sequence[Attention]) -> list[tuple[str, Attention, list[str]]]:
+    """Return the layers that stand out, in the order of the model, each with all that it stands out by."""
+    reasons: dict[int, list[str]] = {}
+    for words, what, choose in _EXTREMES:
+        measured = [index for index, layer in enumerate(layers) if getattr(layer, what) is not None]
+        values = {getattr(layers[index], what) for index in measured}
+        if len(values) > 1:
+            found: int = choose(measured, key=lambda index: getattr(layers[index], what))
+            reasons.setdefault(found, []).append(words)
+    return [(names[index], layers[index], reasons[index]) for index in sorted(reasons)]
+
+
+def _short_names(sites: Sequence[str]) -> tuple[str, list[str]]:
+    """Return what the names have in common, with "*" for the layer's number, and the numbers; all names where they differ otherwise."""
+    split = [re.split(r"(?<=\.)(\d+)(?=\.|$)", site, maxsplit=1) for site in sites]
+    if len(sites) > 1 and all(len(parts) == 3 for parts in split) and len({(parts[0], parts[2]) for parts in split}) == 1:
+        return f"{split[0][0]}*{split[0][2]}", [parts[1] for parts in split]
+    return counted(len(sites), "layer"), list(sites)
+
+
+def _branches(record: StepRecord, reasons: Reasons) -> Block:
+    if not record.branches:
+        return Facts((Fact("Dual feed-forward", reasons.missing("feed_forward", "branches", "probe/feed_forward"), "missing"),))
+    counts = {(layer.text_tokens, layer.audio_tokens) for layer in record.branches}
+    if len(counts) == 1:
+        pattern, numbers = _short_names([layer.layer for layer in record.branches])
+        name = f"{pattern} ({len(numbers)} layers alike)" if len(numbers) > 1 else record.branches[0].layer
+        return _branch_table([(name, record.branches[0])])
+    return _branch_table([(layer.layer, layer) for layer in record.branches[:_SHOWN_LAYERS]], len(record.branches) - _SHOWN_LAYERS)
+
+
+def _branch_table(rows: Iterable[tuple[str, Branches]], left: int = 0) -> Table:
+    columns = (Column("layer"), Column("text branch", True), Column("share", True), Column("audio branch", True), Column("share", True))
+    cells = []
+    for name, layer in rows:
+        total = layer.text_tokens + layer.audio_tokens
+        text, audio = (share(part / total) if total else MISSING for part in (layer.text_tokens, layer.audio_tokens))
+        cells.append((name, counted(layer.text_tokens, "token"), text, counted(layer.audio_tokens, "token"), audio))
+    footer = f"and {counted(left, 'layer')} more in the record" if left > 0 else ""
+    return Table("Dual feed-forward: tokens that each branch received", columns, tuple(cells), footer=footer)

@@ -1,0 +1,124 @@
+"""What ``OutputLoggerCallback`` shows: the loss, the logits of every head, and predicted against target tokens."""
+
+from __future__ import annotations
+
+from probe.records import Accuracy, Head, StepRecord
+from probe.sections.blocks import Block, Column, Comparison, Fact, Facts, Note, Section, Table, TokenPair
+from probe.sections.numbers import MISSING, counted, dtype, fixed, interval, number, passage, shape, share
+from probe.sections.reasons import OUTPUT, Reasons
+
+_ENDS = 10
+_SHOWN_CODEBOOKS = 16
+_CHARACTERS = 480
+
+
+def section(record: StepRecord) -> Section:
+    """Return the section "Output" of a record."""
+    reasons = Reasons(record, OUTPUT)
+    loss = record.metrics.get("probe/loss")
+    if loss is None and record.optimisation is not None:
+        loss = record.optimisation.loss
+    blocks: list[Block] = [
+        Facts((reasons.fact("Loss", None if loss is None else number(loss), "probe/loss", "optimisation/loss", "optimisation"),))
+    ]
+    if record.heads:
+        blocks += [_accuracies(record.heads), _logits(record.heads)]
+        blocks += [
+            Note(f"{_name(head)}: {counted(head.nonfinite, 'logit')} NaN or Inf", "warning") for head in record.heads if head.nonfinite
+        ]
+        for head in record.heads:
+            blocks += _tokens(head, reasons)
+    else:
+        blocks.append(Facts((Fact("LM heads", reasons.missing("lm_head", "heads", "head"), "missing"),)))
+    return Section(OUTPUT, record.step, (*blocks, *reasons.rest()))
+
+
+def _accuracies(heads: tuple[Head, ...]) -> Table:
+    columns = (
+        Column("head"),
+        Column("tokens"),
+        Column("labelled", True),
+        Column("loss, nats", True),
+        Column("accuracy", True),
+        Column("top 5", True),
+        Column("entropy, nats", True),
+    )
+    rows: list[tuple[str, ...]] = []
+    left = 0
+    for head in heads:
+        rows.append((_name(head), head.modality, *_numbers(head.accuracy)))
+        rows += [("", f"codebook {index}", *_numbers(accuracy)) for index, accuracy in enumerate(head.codebooks[:_SHOWN_CODEBOOKS])]
+        left += max(0, len(head.codebooks) - _SHOWN_CODEBOOKS)
+    footer = f"and {counted(left, 'codebook')} more in the record" if left else ""
+    return Table("Predictions against labels, teacher-forced", columns, tuple(rows), footer=footer)
+
+
+def _numbers(accuracy: Accuracy | None) -> tuple[str, ...]:
+    if accuracy is None:
+        return (MISSING,) * 5
+    return (
+        f"{accuracy.labelled:,}",
+        fixed(accuracy.loss),
+        share(accuracy.token_accuracy),
+        share(accuracy.top5_accuracy),
+        fixed(accuracy.entropy),
+    )
+
+
+def _logits(heads: tuple[Head, ...]) -> Table:
+    columns = (
+        Column("head"),
+        Column("logits"),
+        Column("dtype"),
+        Column("device"),
+        Column("calls", True),
+        Column("range", True),
+        Column("mean", True),
+        Column("NaN, Inf", True),
+        Column("alignment", flexible=True),
+    )
+    rows = tuple(
+        (
+            _name(head),
+            shape(head.shape) if head.shape else MISSING,
+            dtype(head.dtype),
+            head.device,
+            f"{head.calls:,}",
+            interval(head.minimum, head.maximum),
+            number(head.mean),
+            f"{head.nonfinite:,}",
+            head.alignment,
+        )
+        for head in heads
+    )
+    return Table("Logits", columns, rows)
+
+
+def _name(head: Head) -> str:
+    return head.site or "(the model itself)"
+
+
+def _tokens(head: Head, reasons: Reasons) -> list[Block]:
+    tokens = (f"{head.site}/tokens", "heads/tokens", "lm_head/tokens", f"lm_head:{head.site}", f"heads:{head.site}")
+    keys = (*tokens, f"probe/{head.modality}/token_accuracy", f"probe/{head.modality}/loss")
+    if head.accuracy is None and not head.codebooks:
+        return [Facts((Fact(f"{_name(head)} labels", reasons.missing(*keys, f"probe/{head.modality}"), "missing"),))]
+    blocks: list[Block] = []
+    pairs = tuple(
+        TokenPair(position, str(target), str(predicted), target == predicted)
+        for position, (target, predicted) in enumerate(zip(head.target, head.predicted))
+    )
+    if pairs:
+        shown = pairs if len(pairs) <= 2 * _ENDS else (*pairs[:_ENDS], *pairs[-_ENDS:])
+        which = f"all {len(pairs)}" if len(shown) == len(pairs) else f"first and last {_ENDS} of {len(pairs):,}"
+        blocks.append(Comparison(f"{_name(head)}: {head.modality} tokens of sample 0, {which} labelled", shown))
+    elif reasons.known(*tokens):
+        blocks.append(Facts((Fact(f"{_name(head)} tokens", reasons.missing(*tokens), "missing"),)))
+    texts = [
+        Fact(label, passage(text, _CHARACTERS))
+        for label, text in (("Target text", head.target_text), ("Predicted text", head.predicted_text))
+        if text is not None
+    ]
+    if texts:
+        blocks.append(Facts(tuple(texts)))
+    return blocks

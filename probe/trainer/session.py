@@ -1,0 +1,182 @@
+"""One ``train()`` call under observation: the wrapped ``training_step``, the conductor in the callback list, publication."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_callback import TrainerState
+
+from probe.capture.arguments import shallow
+from probe.capture.observer import StepEnd
+from probe.capture.schedule import in_cadence, is_sampled
+from probe.foreign.patching import wrap_instance_method
+from probe.foreign.trainer_private import (
+    add_last,
+    gradient_scale,
+    gradients_complete,
+    insert_first,
+    outermost_module,
+    processing_class,
+    remove_callback,
+)
+from probe.metrics import headline
+from probe.observation import Observation
+from probe.publication import Publisher, Show
+from probe.records import StepRecord
+from probe.runfacts import run_facts
+from probe.settings import Options
+from probe.sinks.run_folder import RunFolder
+from probe.sinks.terminal import TerminalSink
+from probe.sinks.trainer_log import enter, is_training_log
+from probe.trainer.record_callback import Conductor, RecordCallback
+
+RUN_FOLDER = "_probe"
+_EAGER = (
+    "sampled steps of this compiled model run eagerly: they differ from compiled ones by rounding, and dropout masks after them differ "
+    "(compile='off' leaves compiled regions unobserved)"
+)
+
+
+class TrainerSession:
+    """Observes one ``train()`` call of one Trainer, and leaves it as it was at the end."""
+
+    def __init__(
+        self,
+        trainer: Any,
+        options: Options,
+        *,
+        train_call: int,
+        own_cadence: bool,
+        missing: Sequence[RecordCallback],
+        keep: Callable[[StepRecord], None],
+        terminal: TerminalSink,
+    ) -> None:
+        """Find the sites on the model as it is trained, then wire the Trainer.
+
+        Args:
+            trainer: The Trainer, about to train.
+            options: What ``attach`` was asked for.
+            train_call: Number of this call in the process.
+            own_cadence: Whether ``options.every`` counts besides the callbacks' own cadences.
+            missing: Callbacks to add for those kinds that the Trainer lacks.
+            keep: Takes each published record.
+            terminal: Prints sections and messages.
+        """
+        self._trainer = trainer
+        self._handler = trainer.callback_handler
+        self._first: int | None = None
+        self._undo: list[Callable[[], None]] = []
+        self.forwards_seen = False
+        mine = [cb for cb in self._handler.callbacks if isinstance(cb, RecordCallback)]
+        added = [cb for cb in missing if not any(isinstance(known, type(cb)) for known in mine)]
+        self._cadences = {cb.log_every_n_steps for cb in mine} | ({options.every} if own_cadence else set())
+        tokenizers = [cb.tokenizer for cb in mine if cb.tokenizer is not None]
+        chief = bool(trainer.is_world_process_zero())
+        rank = "" if chief else f"[rank {trainer.args.process_index}] "
+        self.observation = Observation(
+            trainer.model,
+            options,
+            around=outermost_module(trainer),
+            processors=[options.tokenizer, *tokenizers, processing_class(trainer)],
+            say=lambda message: terminal.say(rank + message),
+            train_call=train_call,
+        )
+        folder = Path(options.settings.run_folder or os.path.join(trainer.args.output_dir, RUN_FOLDER))
+        self._publisher = Publisher(
+            self.observation,
+            folder=RunFolder(folder, facts=run_facts(self.observation, options)) if chief else None,
+            terminal=terminal if chief and options.settings.terminal else None,
+            sections=self._sections,
+            keep=keep,
+            write_kept=options.settings.write_kept,
+        )
+        if chief and self.observation.window.compiled and not self.observation.window.closed:
+            terminal.say(_EAGER)
+        self._wire(added)
+
+    def _wire(self, added: Sequence[RecordCallback]) -> None:
+        conductor = Conductor(self)
+        insert_first(self._handler, conductor)
+        self._undo.append(lambda: remove_callback(self._handler, conductor))
+        for callback in added:
+            add_last(self._handler, callback)
+            self._undo.append(lambda callback=callback: remove_callback(self._handler, callback))  # type: ignore[misc]
+        self._undo.append(wrap_instance_method(self._trainer, "training_step", self._training_step))
+
+    @property
+    def trainer(self) -> Any:
+        """The Trainer."""
+        return self._trainer
+
+    def close(self) -> None:
+        """Publish what waits, and leave Trainer and model as they were. May be called twice."""
+        self._publisher.publish()
+        self.observation.close()
+        while self._undo:
+            self._undo.pop()()
+
+    def step_begins(self) -> None:
+        """Let go of the last step's inputs and captures."""
+        self.observation.buffer.clear()
+
+    def step_ended(self, global_step: int) -> None:
+        """Publish the step before; send off this one if it was sampled and has really ended (subclasses fire this event early, too)."""
+        step = self.observation.buffer.step
+        if step is not None and step != global_step:
+            return
+        with self.observation.breaker.guard("publication"):
+            self._publisher.publish()
+            measured = self.observation.finish()
+            if measured is not None:
+                self._publisher.expect(measured)
+
+    def logs(self, logs: dict[str, Any], state: TrainerState) -> None:
+        """Publish, and let a training log carry the newest record's headline metrics."""
+        with self.observation.breaker.guard("trainer log"):
+            if is_training_log(logs):
+                self._publisher.publish()
+                record = self._publisher.take_for_log()
+                if record is not None:
+                    enter(logs, state, headline(record.metrics), record.step)
+
+    def pause(self) -> None:
+        """Publish what waits."""
+        with self.observation.breaker.guard("publication"):
+            self._publisher.publish()
+
+    def train_ended(self) -> None:
+        """End the session."""
+        with self.observation.breaker.guard("publication"):
+            self.close()
+
+    def _training_step(self, wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run ``training_step``, armed if its step is sampled."""
+        step = self._trainer.state.global_step + 1
+        if self._first is None:
+            self._first = step
+        if not is_sampled(step, cadences=self._cadences, first=self._first):
+            return wrapped(*args, **kwargs)
+        with self.observation.micro_batch(step, self._batch(args, kwargs)):
+            loss = wrapped(*args, **kwargs)
+        with self.observation.breaker.guard("step end"):
+            self.forwards_seen = self.forwards_seen or bool(self.observation.buffer.micro_batches)
+            self.observation.after_backward(loss, self._step_end() if gradients_complete(self._trainer) else None)
+        return loss
+
+    def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+        with self.observation.breaker.guard("batch"):
+            return shallow(kwargs.get("inputs", args[1] if len(args) > 1 else None))
+        return {}
+
+    def _step_end(self) -> StepEnd:
+        optimizer = getattr(self._trainer, "optimizer", None)
+        rates = tuple(group["lr"] for group in getattr(optimizer, "param_groups", ()) if isinstance(group.get("lr"), float))
+        return StepEnd(gradient_scale(self._trainer), rates)
+
+    def _sections(self, step: int) -> Sequence[Show]:
+        first = self._first or step
+        shown = [cb for cb in self._handler.callbacks if isinstance(cb, RecordCallback)]
+        return [cb.section for cb in shown if in_cadence(step, every=cb.log_every_n_steps, first=first)]
