@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
-
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -24,8 +21,8 @@ class MicroBatch:
     """
 
     index: int
-    batch: Mapping[str, Any] = _EMPTY
-    kwargs: Mapping[str, Any] = _EMPTY
+    batch: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
     output: Any = None
     scratch: dict[Any, Any] = field(default_factory=dict)
 
