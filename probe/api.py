@@ -29,7 +29,7 @@ def attach(
     sites: SiteChoices = "auto",
     keep: Collection[str] = (),
     budget_mib: float = 64,
-    compile: CompileMode = "window",
+    compile: CompileMode = "window",  # noqa: A002  (torch and transformers call it so)
     settings: Settings | None = None,
 ) -> Probe:
     """Observe the training of a model by any Hugging Face Trainer, before or after the Trainer is built.
@@ -56,10 +56,11 @@ def attach(
         SiteError: if ``sites`` names a module that the model does not have; the message names the nearest ones.
         AttachError: if the model has a probe with other options.
     """
-    if not isinstance(model, nn.Module):
-        inner = getattr(model, "model", None)
+    given: object = model  # scripts are rarely type-checked
+    if not isinstance(given, nn.Module):
+        inner = getattr(given, "model", None)
         hint = "; pass its .model instead" if isinstance(inner, nn.Module) else ""
-        raise ProbeTypeError(f"attach(model): expected a torch.nn.Module, got {type(model).__name__}{hint}")
+        raise ProbeTypeError(f"attach(model): expected a torch.nn.Module, got {type(given).__name__}{hint}")
     options = Options(every, tokenizer, sites, check_keep(keep), budget_mib, compile, settings or Settings())
     if is_switched_off():
         return Probe(model, options, callbacks=_four, enabled=False)

@@ -21,7 +21,8 @@ from probe.trainer.wiring import ensure_observed
 class _Logger(RecordCallback):
     def __init__(self, *, tokenizer: Any, log_every_n_steps: int) -> None:
         if isinstance(log_every_n_steps, bool) or not isinstance(log_every_n_steps, int):
-            raise ProbeTypeError(f"log_every_n_steps={log_every_n_steps!r}: expected a whole number, got {type(log_every_n_steps).__name__}")
+            given = type(log_every_n_steps).__name__
+            raise ProbeTypeError(f"log_every_n_steps={log_every_n_steps!r}: expected a whole number, got {given}")
         if log_every_n_steps < 1:
             raise ProbeValueError(f"log_every_n_steps={log_every_n_steps}: expected a whole number of at least 1")
         self.tokenizer = tokenizer

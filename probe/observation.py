@@ -88,7 +88,8 @@ class Observation:
         run = _context(model, self.discovery, options, processors, say)
         # Last, because nothing may fail between the ranks' agreement and the steps that rely on it.
         self.ranks = agree(self._layout.fingerprint(), train_call=train_call)
-        self._run = replace(run, world=self.ranks.world, reasons={**run.reasons, **({"ranks": self.ranks.reason} if self.ranks.reason else {})})
+        alone = {"ranks": self.ranks.reason} if self.ranks.reason else {}
+        self._run = replace(run, world=self.ranks.world, reasons={**run.reasons, **alone})
 
     @contextmanager
     def micro_batch(self, step: int, batch: Mapping[str, Any]) -> Iterator[None]:

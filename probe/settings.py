@@ -5,14 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Union, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from probe.errors import ProbeTypeError, ProbeValueError
 from probe.records import Role
 
+if TYPE_CHECKING:
+    from torch import nn
+
 CompileMode = Literal["window", "off"]
-SiteChoice = Union[str, Any, Sequence[Any]]
-SiteChoices = Union[Literal["auto"], Mapping[str, SiteChoice]]
+SiteChoice: TypeAlias = "str | nn.Module | Sequence[str | nn.Module]"
+SiteChoices: TypeAlias = "Literal['auto'] | Mapping[str, SiteChoice]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +107,8 @@ def _check_int(name: str, value: Any, bound: int) -> None:
 def _check_sites(sites: Any) -> None:
     if isinstance(sites, str):
         if sites != "auto":
-            raise ProbeValueError(f"sites={sites!r}: expected 'auto' or a mapping from role to module names, e.g. {{'audio_encoder': {sites!r}}}")
+            example = f"{{'audio_encoder': {sites!r}}}"
+            raise ProbeValueError(f"sites={sites!r}: expected 'auto' or a mapping from role to module names, e.g. {example}")
         return
     if not isinstance(sites, Mapping):
         raise ProbeTypeError(f"sites={sites!r}: expected 'auto' or a mapping from role to module names, got {type(sites).__name__}")

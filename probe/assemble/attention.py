@@ -34,10 +34,12 @@ def attention(draft: Draft) -> tuple[Attention, ...]:
     sites = draft.run.sites.of("attention")
     rows = tuple(_layer(draft, site) for site in sites if draft.count(attention_cell(site.name), "calls"))
     _name_unobserved(draft, sites, rows)
-    none = "no attention layer was called in any training forward of this step" if sites else "the model has no attention layer that was recognised"
+    uncalled = "no attention layer was called in any training forward of this step"
+    none = uncalled if sites else draft.run.sites.missing.get("attention", "the model has no attention layer that was recognised")
     why = "; ".join(sorted({draft.host.reasons.get(attention_cell(row.site), "") for row in rows} - {""})) or none
     for what in _BY_KIND:
-        draft.measure(f"probe/attention/{what}", _mean(rows, what), why if what != "padding" else f"which keys are padding is not known: {why}")
+        unknown = f"which keys are padding is known for no layer ({why})" if what == "padding" and rows else why
+        draft.measure(f"probe/attention/{what}", _mean(rows, what), unknown)
         for kind in get_args(AttentionKind):
             mine = [row for row in rows if row.kind == kind]
             value = _mean(mine, what)

@@ -12,6 +12,7 @@ from probe.capture.observers.gradients import OUTPUT_CELL, part_cell
 from probe.capture.observers.inputs import CELL as INPUTS
 from probe.capture.observers.loss import CELL as LOSS
 from probe.records import Branches, Conditioning, Optimisation, Part, SiteStatistics
+from probe.sites.batch import AUDIO_CODES
 
 
 def conditioning(draft: Draft, found: Sequence[SiteStatistics]) -> Conditioning:
@@ -27,14 +28,26 @@ def conditioning(draft: Draft, found: Sequence[SiteStatistics]) -> Conditioning:
     if projectors:
         draft.measure("probe/projector/rms", projectors[0].rms, _why(projectors[0]))
     calls = encoders[0].calls if encoders else 0
+    codes, tokens = audio_codes(draft), tuple(placeholder_counts(draft))
+    if codes is None:
+        draft.reasons.setdefault("conditioning/audio_codes", _why_no_codes(draft))
+    if not tokens:
+        named = "the config names no audio token ids" if not draft.run.facts.audio_tokens else "no input_ids among the inputs"
+        draft.reasons.setdefault("conditioning/tokens", named)
     return Conditioning(
         encoder=encoders[0].site if encoders else "",
         encoder_calls=calls,
         micro_batches_without_encoder=max(0, micro_batches - calls) if encoders else 0,
         output_gradient_norm=gradient if encoders else None,
-        audio_codes=audio_codes(draft),
-        tokens=tuple(placeholder_counts(draft)),
+        audio_codes=codes,
+        tokens=tokens,
     )
+
+
+def _why_no_codes(draft: Draft) -> str:
+    if not draft.run.facts.codebooks:
+        return "the config has no audio codebooks"
+    return f"no input holds codes of {draft.run.facts.codebooks} codebooks (looked for {', '.join(AUDIO_CODES)})"
 
 
 def _why(row: SiteStatistics) -> str:

@@ -21,7 +21,9 @@ def inputs(draft: Draft) -> Inputs:
     counts, sums = values.counts, values.sums
     draft.measure("probe/input/samples", counts["samples"] or None, "no training forward of the model was seen in this step")
     padding = draft.measure(
-        "probe/input/padding_share", ratio(sums["padding"], counts["tokens"]), "no attention_mask of the shape of input_ids among the inputs"
+        "probe/input/padding_share",
+        ratio(sums["padding"], counts["tokens"]),
+        "no attention_mask of the shape of input_ids among the inputs",
     )
     masked = draft.measure(
         "probe/input/labels_masked_share", ratio(sums["labels_masked"], counts["label_positions"]), "no text labels (B, S) among the inputs"
@@ -31,7 +33,8 @@ def inputs(draft: Draft) -> Inputs:
     clips = counts["clips"] if any(name in draft.host.facts.get("inputs", {}) for name in AUDIO_FEATURES) or counts["clips"] else None
     none = f"no audio features among the inputs (looked for {', '.join(AUDIO_FEATURES)})"
     if counts["batches_without_clips"]:
-        draft.reasons["input/audio"] = f"{int(counts['batches_without_clips'])} micro-batches brought audio features with 0 clips (shape[0] == 0)"
+        empty = int(counts["batches_without_clips"])
+        draft.reasons["inputs/audio"] = f"{empty} micro-batches brought audio features with 0 clips (shape[0] == 0)"
     draft.measure("probe/input/audio_clips", clips, none)
     constant = draft.measure("probe/input/audio_clips_constant", sums["clips_constant"] if clips is not None else None, none)
     return Inputs(

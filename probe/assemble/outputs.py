@@ -79,13 +79,10 @@ def _modality(draft: Draft, modality: Modality, sites: Sequence[Site]) -> None:
         for column, value in draft.host.cells[head_cell(site.name)].sums.items():
             sums[column] += value
     accuracy, why = _accuracy(sums), _why_not(draft, modality, sites, sums)
-    for what, value in (
-        ("loss", accuracy.loss),
-        ("token_accuracy", accuracy.token_accuracy),
-        ("top5_accuracy", accuracy.top5_accuracy),
-        ("entropy", accuracy.entropy),
-    ):
-        draft.measure(f"probe/{modality}/{what}", value, why)
+    draft.measure(f"probe/{modality}/loss", accuracy.loss, why)
+    draft.measure(f"probe/{modality}/token_accuracy", accuracy.token_accuracy, why)
+    draft.measure(f"probe/{modality}/top5_accuracy", accuracy.top5_accuracy, why)
+    draft.measure(f"probe/{modality}/entropy", accuracy.entropy, why)
     if len(sites) == 1 and sites[0].codebooks > 1:
         for k in range(sites[0].codebooks):
             one = _accuracy(draft.host.cells[head_cell(sites[0].name, k)].sums)

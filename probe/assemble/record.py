@@ -28,7 +28,7 @@ def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[st
     draft = Draft(host, run)
     draft.reasons.update(run.reasons)
     draft.reasons.update({role: run.sites.missing[role] for role in _ROLES_WORTH_NAMING if role in run.sites.missing})
-    draft.reasons.update({part: reason for part, reason in failures.items()})
+    draft.reasons.update(failures)
     tables = statistics(draft)
     record = StepRecord(
         step=step,

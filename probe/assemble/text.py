@@ -18,7 +18,8 @@ class Decoder:
         candidates = [found for p in processors for found in (getattr(p, "tokenizer", None), p) if hasattr(found, "decode")]
         self._tokenizer = candidates[0] if candidates else None
         self._say = say
-        self.reason = "" if self._tokenizer is not None else "no tokenizer: give one with attach(tokenizer=) or as the Trainer's processing_class"
+        none = "no tokenizer: give one with attach(tokenizer=) or as the Trainer's processing_class"
+        self.reason = none if self._tokenizer is None else ""
 
     def text(self, ids: Sequence[int]) -> str | None:
         """Return the text of ids; ``None`` if there is no tokenizer that works (``reason`` says why)."""

@@ -76,7 +76,8 @@ class StepBuffer:
         """
         if site not in self._sites:
             near = difflib.get_close_matches(site, self._sites, n=3, cutoff=0.3)
-            raise SiteError(f"no site is named {site!r}; the nearest are {', '.join(map(repr, near)) or 'none'}; p.sites lists all {len(self._sites)}")
+            nearest = ", ".join(map(repr, near)) or "none"
+            raise SiteError(f"no site is named {site!r}; the nearest are {nearest}; p.sites lists all {len(self._sites)}")
         return tuple(self._captures.get(site, ()))
 
     def __len__(self) -> int:

@@ -74,7 +74,9 @@ class Forward:
 class HookSet:
     """Pre- and post-forward hooks at the root and at every site that some observer wants to see."""
 
-    def __init__(self, modules: Mapping[str, nn.Module], sites: Mapping[str, Site], observers: Sequence[Observer], breaker: Breaker) -> None:
+    def __init__(
+        self, modules: Mapping[str, nn.Module], sites: Mapping[str, Site], observers: Sequence[Observer], breaker: Breaker
+    ) -> None:
         """Plan the hooks; none is registered yet.
 
         Args:

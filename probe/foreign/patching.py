@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import wrapt
 
 Wrapper = Callable[[Callable[..., Any], Any, tuple[Any, ...], dict[str, Any]], Any]
 
 
-class _Copyable(wrapt.FunctionWrapper):  # type: ignore[misc]  # wrapt's stubs make it a value, not a type
+if TYPE_CHECKING:
+    _FunctionWrapper = wrapt.FunctionWrapper[..., Any]
+else:
+    _FunctionWrapper = wrapt.FunctionWrapper  # not subscriptable before wrapt 2
+
+
+class _Copyable(_FunctionWrapper):
     """A wrapper that a deep copy of its owner leaves behind: the copy gets its own unwrapped method."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:

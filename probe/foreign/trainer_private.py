@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +35,7 @@ def running_trainer(handler: CallbackHandler | None = None, *, callback: Trainer
         handler: The Trainer must own this handler.
         callback: The Trainer must own this callback.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         candidate = frame.f_locals.get("self")
         owned = getattr(candidate, "callback_handler", None)
@@ -43,7 +44,7 @@ def running_trainer(handler: CallbackHandler | None = None, *, callback: Trainer
                 return candidate
             if callback is not None and any(known is callback for known in owned.callbacks):
                 return candidate
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 

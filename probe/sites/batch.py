@@ -14,7 +14,7 @@ TEXT_LABELS = ("labels", "label_ids", "shift_labels")
 
 
 def audio_features(inputs: Mapping[str, Any]) -> tuple[str, Tensor] | None:
-    """Return the name and tensor of the audio features: (B, mel, T) or a waveform (B, samples), floating point; ``None`` if none is there."""
+    """Return the name and tensor of the audio features, (B, mel, T) or a waveform (B, samples), floating point; else ``None``."""
     for name in AUDIO_FEATURES:
         tensor = inputs.get(name)
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dim() >= 2:
@@ -27,7 +27,8 @@ def audio_codes(inputs: Mapping[str, Any], *, codebooks: int) -> Iterator[tuple[
     for name in AUDIO_CODES:
         tensor = inputs.get(name)
         if isinstance(tensor, Tensor) and not tensor.is_floating_point() and tensor.dim() >= 2 and codebooks in tensor.shape:
-            yield name, tensor, inputs.get(AUDIO_CODE_MASKS.get(name, ""))
+            mask = inputs.get(AUDIO_CODE_MASKS.get(name, ""))
+            yield name, tensor, mask if isinstance(mask, Tensor) else None
 
 
 def text_labels(inputs: Mapping[str, Any]) -> tuple[str, Tensor] | None:

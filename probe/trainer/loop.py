@@ -17,6 +17,8 @@ from probe.settings import Options
 from probe.sinks.run_folder import RunFolder
 from probe.sinks.terminal import TerminalSink
 
+_LOSS = "a hand-written loop keeps its loss to itself; the losses of the heads are measured"
+
 
 class LoopSession:
     """Observes the steps of a loop, one context a step.
@@ -70,7 +72,7 @@ class LoopSession:
         with self.observation.micro_batch(self._step, {}):
             yield
         with self.observation.breaker.guard("step end"):
-            self.observation.buffer.totals.omit("probe/loss", "a hand-written loop keeps its loss to itself; the heads' losses are measured")
+            self.observation.buffer.totals.omit("probe/loss", _LOSS)
             self.observation.after_backward(None, StepEnd())
             measured = self.observation.finish()
             if measured is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ class TrainerSession:
             say=lambda message: terminal.say(rank + message),
             train_call=train_call,
         )
-        folder = Path(options.settings.run_folder or os.path.join(trainer.args.output_dir, RUN_FOLDER))
+        folder = Path(options.settings.run_folder or Path(trainer.args.output_dir) / RUN_FOLDER)
         self._publisher = Publisher(
             self.observation,
             folder=RunFolder(folder, facts=run_facts(self.observation, options)) if chief else None,

@@ -80,7 +80,7 @@ class AttentionWatcher(Watcher):
                 self._breaker.trip(self.name, error, name)
 
         tap = AttentionTap(see, fail, num_heads=_heads_of(call))
-        tap.__enter__()
+        tap.__enter__()  # type: ignore[no-untyped-call]
         call.notes[self.name] = tap
 
     def leave(self, call: Call, buffer: StepBuffer) -> None:
@@ -145,8 +145,8 @@ class AttentionWatcher(Watcher):
         if key not in micro.scratch:
             some = attention.q_BHSD if attention.q_BHSD is not None else attention.weights_BHSK
             device = some.device if some is not None else torch.device("cpu")
-            unknown = query_BS is None
-            chosen = choose_all_valid(samples, queries, self._rows, device) if unknown else choose_rows(query_BS, rows=self._rows)
+            known = None if query_BS is None else choose_rows(query_BS, rows=self._rows)
+            chosen = known or choose_all_valid(samples, queries, self._rows, device)
             micro.scratch[key] = (chosen, query_BS)  # the tensor is kept so that its id stays its own
         choice: RowChoice = micro.scratch[key][0]
         return choice

@@ -96,7 +96,7 @@ class GradientWatcher(Watcher):
             with self._breaker.guard(self.name, "the encoder's output"), torch.no_grad():
                 totals.add(OUTPUT_CELL.name, counts=(1,), sums=sum_of_squares([gradient.detach()]).reshape(1))
 
-        output.register_hook(see)
+        output.register_hook(see)  # type: ignore[no-untyped-call]
 
     def step_end(self, end: StepEnd, buffer: StepBuffer) -> None:
         """Sum the squares of each part's gradients."""

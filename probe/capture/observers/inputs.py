@@ -24,7 +24,7 @@ SHOWN_CLIPS = 16
 CELL = Cell(
     "inputs",
     counts=("micro_batches", "samples", "tokens", "label_positions", "clips", "batches_without_clips"),
-    sums=("padding", "masked_tokens", "labels_masked", "ids_outside", "clips_constant", "audio_codes"),
+    sums=("padding", "labels_masked", "ids_outside", "clips_constant", "audio_codes"),
 )
 CODES = Cell("audio_codes", counts=("batches",), sums=("positions",))
 
@@ -95,20 +95,21 @@ class InputWatcher(Watcher):
             if self._facts.audio_tokens:
                 counted = torch.stack([(ids == token).sum() for _, token in self._facts.audio_tokens]).double()
                 buffer.totals.add(self._tokens.name, counts=(1,), sums=counted)
-        masked = isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape == ids.shape
-        if masked:
-            sums["padding"] = (mask == 0).sum()
+        tokens = 0
+        if isinstance(ids, Tensor) and isinstance(mask, Tensor) and mask.shape == ids.shape:
+            tokens = ids.numel()
+            sums["padding"] = torch.eq(mask, 0).sum()
         if labels is not None:
             sums["labels_masked"] = (labels[1] == -100).sum()
         if features is not None and features[1].shape[0]:
             sums["clips_constant"] = describe_clips(features[1])[:, CLIP_COLUMNS.index("constant")].sum()
         for _, codes, code_mask in audio_codes(inputs, codebooks=self._facts.codebooks):
-            positions = code_mask.sum() if isinstance(code_mask, Tensor) else codes.new_full((), codes.numel() // self._facts.codebooks)
+            positions = codes.new_full((), codes.numel() // self._facts.codebooks) if code_mask is None else code_mask.sum()
             buffer.totals.add(CODES.name, counts=(1,), sums=positions.double().reshape(1))
         counts = (
             1,
             samples_in(inputs),
-            ids.numel() if masked and isinstance(ids, Tensor) else 0,
+            tokens,
             labels[1].numel() if labels is not None else 0,
             features[1].shape[0] if features is not None else 0,
             int(features is not None and features[1].shape[0] == 0),
