@@ -72,8 +72,9 @@ def _encode(value: Any, path: str) -> Any:
         number = float(value)
         return number if math.isfinite(number) else None
     if is_dataclass(value) and not isinstance(value, type):
-        pairs = ((field.name, _encode(getattr(value, field.name), f"{path}.{field.name}")) for field in fields(value))
-        return {name: plain for name, plain in pairs if plain is not None and plain not in ([], {})}
+        parts = ((field.name, getattr(value, field.name)) for field in fields(value))
+        pairs = ((name, part, _encode(part, f"{path}.{name}")) for name, part in parts)
+        return {name: plain for name, part, plain in pairs if plain is not None and not (plain in ([], {}) and not is_dataclass(part))}
     if isinstance(value, Mapping):
         return {
             name: plain

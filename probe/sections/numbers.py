@@ -51,7 +51,7 @@ def counted(value: int, noun: str) -> str:
 def scaled(value: int) -> str:
     """A large count in three digits: "244 M", "1.54 B"."""
     for size, letter in _SCALES:
-        if value >= size:
+        if value >= 0.9995 * size:  # else it would round up to 1e+03 of the next smaller
             return f"{value / size:.3g} {letter}"
     return str(value)
 
