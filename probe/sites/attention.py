@@ -11,7 +11,7 @@ from torch import nn
 from probe.foreign.recorders import AttentionRecorder, attention_recorders
 from probe.records import AttentionKind, Site
 from probe.sites.configs import config_of, field_of
-from probe.sites.encoders import codec_names, own_encoder
+from probe.sites.encoders import codec_names, is_audio_encoder, own_encoder
 from probe.sites.facts import ModelFacts
 from probe.sites.names import ModuleNames, class_name, is_below, is_pretrained
 
@@ -93,7 +93,8 @@ def find_attention(names: ModuleNames, core: nn.Module, facts: ModelFacts, audio
         if not any(is_below(other, name) for other in inside) and not any(is_below(name, other) for other in outside):
             found[name] = _found_by(name, recorded, owners)
     cross = frozenset(name for name in found if _named_as_cross(name, recorded))
-    return AttentionFinder(names, found, cross, tuple(audio), _other_towers(names, core, facts), facts)
+    itself = [""] if names.find(core) == "" and is_audio_encoder(core) else []
+    return AttentionFinder(names, found, cross, (*audio, *itself), _other_towers(names, core, facts), facts)
 
 
 def owns_projections(module: nn.Module) -> bool:

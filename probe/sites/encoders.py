@@ -33,7 +33,7 @@ def find_encoders(names: ModuleNames, core: nn.Module) -> tuple[Site, ...]:
 
 def why_no_encoder(names: ModuleNames, core: nn.Module, codebooks: int) -> str:
     """Say why no audio encoder was found."""
-    if is_audio_encoder(names.by_name[""]):
+    if names.find(core) == "" and is_audio_encoder(core):
         return "the trained model is itself the audio encoder: see the site of the whole model"
     config = config_of(core)
     parts = [name for name in _AUDIO_PARTS if field_of(config, name) is not None]

@@ -11,7 +11,7 @@ from torch import nn
 
 from probe.sites.configs import all_configs, config_of, field_of, fields_of, number_of, text_of
 from probe.sites.encoders import is_audio_encoder
-from probe.sites.names import class_name, is_pretrained, unwrapped
+from probe.sites.names import class_name, is_pretrained, module_names, unwrapped
 
 _AUDIO_TOKEN = re.compile(r"(?:^|_)(?:audio|boa|eoa)_(?:.*_)?(?:token_(?:id|idx|index)|bos_id|eos_id|pad_id)$")
 _CODE_ID = re.compile(r"(?:^|_)audio_stream_")
@@ -80,12 +80,13 @@ def read_facts(model: nn.Module) -> ModelFacts:
 def core_model(model: nn.Module) -> nn.Module:
     """Return the outermost transformers ``PreTrainedModel`` below wrappers, else the model itself.
 
-    Where a hand-written module joins several, it is the one that generates (owns output embeddings); an audio encoder on its own is
-    never the core of what stands round it.
+    Where a hand-written module joins several, it is the one that generates (owns output embeddings); an audio encoder is never
+    the core of a module that adds more to it.
     """
     if is_pretrained(model):
         return model
-    outermost = [module for module in _outermost(model) if not is_audio_encoder(module)]
+    names = module_names(model)
+    outermost = [module for module in _outermost(model) if names.find(module) == "" or not is_audio_encoder(module)]
     generating = [module for module in outermost if output_embeddings(module) is not None]
     return next(iter(generating or outermost), model)
 
