@@ -61,7 +61,7 @@ def attach(
         inner = getattr(given, "model", None)
         hint = "; pass its .model instead" if isinstance(inner, nn.Module) else ""
         raise ProbeTypeError(f"attach(model): expected a torch.nn.Module, got {type(given).__name__}{hint}")
-    options = Options(every, tokenizer, sites, check_keep(keep), budget_mib, compile, settings or Settings())
+    options = Options(every, tokenizer, sites, check_keep(keep), budget_mib, compile, Settings() if settings is None else settings)
     if is_switched_off():
         return Probe(model, options, callbacks=_four, enabled=False)
     known = REGISTRY.get(model)

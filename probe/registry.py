@@ -26,13 +26,12 @@ class Registry:
         if self._undo is None:
             self._undo = patch()
         self._probes[model] = probe
+        weakref.finalize(model, self._tidy).atexit = False
 
     def remove(self, model: nn.Module) -> None:
         """Take a model's probe out, and undo the patch if it was the last."""
         self._probes.pop(model, None)
-        if not self._probes and self._undo is not None:
-            self._undo()
-            self._undo = None
+        self._tidy()
 
     def get(self, model: nn.Module) -> Probe | None:
         """Return the probe that was attached to exactly this module."""
@@ -49,6 +48,12 @@ class Registry:
     def all(self) -> list[Probe]:
         """Return every probe."""
         return list(self._probes.values())
+
+    def _tidy(self) -> None:
+        """Undo the patch if no probe is left (keys of models that are gone do not count)."""
+        if self._undo is not None and not any(True for _ in self._probes.keys()):  # noqa: SIM118  (len counts dead keys, too)
+            self._undo()
+            self._undo = None
 
     def next_train_call(self) -> int:
         """Number the ``train()`` calls that are observed in this process, from 1."""
