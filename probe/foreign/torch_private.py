@@ -12,8 +12,9 @@ from torch import Tensor
 def foreach_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return the L2 norms of tensors of one device and dtype as 0-dim tensors, in one fused call.
 
-    Narrower floats than float32 are accumulated and returned in float32 (on a CPU, which widens a copy anyway, in float64). ``torch._foreach_norm`` is what ``clip_grad_norm_`` itself
-    calls; public torch has only the loop, one kernel launch a tensor. No sync. Checked on torch 2.13.0.
+    Narrower floats than float32 are accumulated and returned in float32 (on a CPU, which widens a copy anyway, in float64).
+    ``torch._foreach_norm`` is what ``clip_grad_norm_`` itself calls; public torch has only the loop, one kernel launch a tensor.
+    No sync. Checked on torch 2.13.0.
     """
     first, dtype = tensors[0], None
     if first.is_floating_point() and first.itemsize < 4:

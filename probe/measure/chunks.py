@@ -32,7 +32,7 @@ def pieces(x: Tensor, limit: int) -> Iterator[Tensor]:
     if flat is None:
         yield from (block.reshape(-1) for _, block in blocks(x.unsqueeze(-1), limit))
     elif flat.numel() > limit:
-        yield from flat.split(limit)
+        yield from torch.split(flat, limit)
     elif flat.numel():
         yield flat
 

@@ -35,7 +35,6 @@ class HeadScore:
     predictions: Tensor
 
 
-@torch.no_grad()
 def score(logits: Tensor, labels: Tensor, *, ignore_index: int = -100, chunk_mib: float = CHUNK_MIB) -> HeadScore:
     """Score logits against labels that already lie over them (see ``probe.sites.labels``).
 
@@ -80,7 +79,7 @@ def split_codebooks(logits: Tensor, codebooks: int) -> Tensor:
     """
     if codebooks < 1 or logits.dim() == 0 or logits.shape[-1] % codebooks:
         raise ProbeValueError(f"logits of shape {tuple(logits.shape)} do not split into {codebooks} codebooks along the last dimension")
-    return logits.unflatten(-1, (codebooks, logits.shape[-1] // codebooks))
+    return torch.unflatten(logits, -1, (codebooks, logits.shape[-1] // codebooks))
 
 
 def _score_block(block_NV: Tensor, labels_N: Tensor, ignore_index: int, buffers: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

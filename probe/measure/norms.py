@@ -15,12 +15,12 @@ from probe.measure.chunks import accumulator, pieces
 _PIECE = 1 << 15
 
 
-@torch.no_grad()
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Return the sum of the squares of all elements of all tensors.
 
     The norms are taken in one fused call for each device and dtype, in float32 or wider, and squared and added in float64. On a CPU,
-    where the fused call is a loop that widens whole tensors, they are cut into short pieces. As in ``clip_grad_norm_``, float32 values beyond about 1e19 give infinity. No sync.
+    where the fused call is a loop that widens whole tensors, they are cut into short pieces. As in ``clip_grad_norm_``, float32 values
+    beyond about 1e19 give infinity. No sync.
 
     Args:
         tensors: Float or complex, dense, of any shapes, dtypes and devices; at least one.

@@ -15,12 +15,12 @@ COLUMNS_SUMS = ("time_variance", "batch_variance")
 COLUMNS_COUNTS = ("time_rows", "batch_rows")
 
 
-@torch.no_grad()
 def spread(x_BTD: Tensor) -> tuple[Tensor, tuple[float, float]]:
     """Sum the population variances over time, and over the batch.
 
     Differences to the first frame (clip) are taken first, so identical frames give exactly 0 and a large mean costs nothing; then
-    their own mean is taken off, and the squares are summed in float32 a chunk, in float64 over chunks. No temporary is larger than 8 MiB unless the values of one (b, d), or of one (t, d), are. No sync.
+    their own mean is taken off, and the squares are summed in float32 a chunk, in float64 over chunks (float64 throughout for float64).
+    No temporary is larger than 8 MiB unless the values of one (b, d), or of one (t, d), are. No sync.
 
     Args:
         x_BTD: Shape (B, T, D), or (T, D) for one clip; any real dtype.
@@ -69,7 +69,7 @@ def _columns(x_NMD: Tensor, limit: int) -> Iterator[Tensor]:
     """Cut (N, M, D) along M, and where one m is too large along D, so that parts have at most ``limit`` elements (at least N)."""
     size, _, width = x_NMD.shape
     if size * width <= limit:
-        yield from x_NMD.split(max(1, limit // (size * width)), dim=1)
+        yield from torch.split(x_NMD, max(1, limit // (size * width)), dim=1)
         return
-    for part in x_NMD.split(1, dim=1):
-        yield from part.split(max(1, limit // size), dim=2)
+    for part in torch.split(x_NMD, 1, dim=1):
+        yield from torch.split(part, max(1, limit // size), dim=2)

@@ -30,7 +30,6 @@ class Moments:
     nonfinite: int = 0
 
 
-@torch.no_grad()
 def summarise(x: Tensor) -> tuple[Tensor, Tensor]:
     """Reduce ``x`` to the columns ``COLUMNS_SUMS`` and ``COLUMNS_MAXIMA``.
 
@@ -54,7 +53,7 @@ def summarise(x: Tensor) -> tuple[Tensor, Tensor]:
         return torch.zeros(3, dtype=wide, device=x.device), torch.full((2,), -math.inf, dtype=wide, device=x.device)
     limit = per_chunk(wide.itemsize)
     buffer = torch.empty(min(limit, x.numel()), dtype=wide, device=x.device)
-    on_host, floating = x.device.type == "cpu", x.is_floating_point()
+    on_host, floating = _on_host(x), x.is_floating_point()
     sums, squares, lows, highs, bad = [], [], [], [], []
     for piece in pieces(x, limit):
         chunk = buffer[: piece.numel()].copy_(piece)
@@ -99,6 +98,11 @@ def finish(count: float, sums: Mapping[str, float], maxima: Mapping[str, float])
     # A constant leaves the rounding of a difference of equals, which must not be shown as a spread.
     variance = 0.0 if minimum == maximum else max(mean_square - mean * mean, 0.0)
     return Moments(mean, math.sqrt(mean_square), math.sqrt(variance), minimum, maximum, nonfinite)
+
+
+def _on_host(x: Tensor) -> bool:
+    """Say whether the host reads ``x`` without waiting for a device."""
+    return x.device.type == "cpu"
 
 
 def _combined(parts: list[Tensor], how: Callable[[Tensor], Tensor]) -> Tensor:

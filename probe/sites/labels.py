@@ -51,7 +51,6 @@ class NotAligned:
     later: bool = False
 
 
-@torch.no_grad()
 def align(logits: Tensor, *, site: Site, facts: ModelFacts, micro: MicroBatch) -> Aligned | NotAligned:
     """Find the labels of a head and lay them over its logits as the model's own loss does.
 

@@ -1,0 +1,40 @@
+"""What a call costs: the peak of extra memory and the number of tensor operations, both counted, not timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MIB = 1 << 20
+
+
+def peak_mib(call: Callable[[], Any]) -> float:
+    """Return by how many MiB the CPU allocator stood above its start at most while ``call`` ran, results included."""
+    call()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    assert events, "the profiler saw no allocation"
+    now = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak / MIB
+
+
+def operations(call: Callable[[], Any]) -> int:
+    """Return how many tensor operations ``call`` dispatched."""
+    with _Counter() as counter:
+        call()
+    return counter.count
+
+
+class _Counter(TorchDispatchMode):
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))

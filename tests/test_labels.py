@@ -1,0 +1,310 @@
+"""Labels over logits: scored as laid, every model gives its own loss; what does not lie over each other is named."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models import CASES
+from models.qwen2_audio import EXPANDS
+from probe.capture.microbatch import MicroBatch
+from probe.measure.heads import COLUMNS, score
+from probe.records import Site
+from probe.sites.facts import ModelFacts, read_facts
+from probe.sites.labels import Aligned, NotAligned, align
+
+TEXT = Site("lm_head", "lm_head", "chosen by the test", modality="text")
+CAUSAL = ModelFacts(
+    "Some", "some", encoder_decoder=False, vocabulary=11, codebooks=3, audio_tokens=(), audio_placeholders=(7, 8), label_shift=1
+)
+JOINED = replace(CAUSAL, encoder_decoder=True, label_shift=0)
+
+
+def audio(codebooks: int) -> Site:
+    return Site("audio_lm_head", "lm_head", "chosen by the test", modality="audio", codebooks=codebooks)
+
+
+def mean_loss(found: Aligned | NotAligned) -> float:
+    assert isinstance(found, Aligned), found
+    assert found.labels.dtype == torch.int64
+    assert found.labels.shape == found.logits.shape[:-1]
+    sums = dict(zip(COLUMNS, score(found.logits, found.labels).sums.tolist(), strict=True))
+    assert sums["labels_outside"] == sums["nonfinite_rows"] == 0
+    assert sums["labelled"] > 0
+    return sums["cross_entropy"] / sums["labelled"]
+
+
+def codebook_losses(found: Aligned | NotAligned) -> list[float]:
+    assert isinstance(found, Aligned), found
+    return [mean_loss(Aligned(found.labels[..., k], found.logits[..., k, :], "")) for k in range(found.labels.shape[-1])]
+
+
+def aligned(logits: Tensor, site: Site, facts: ModelFacts, kwargs: Mapping[str, Any], output: Any = None) -> Aligned | NotAligned:
+    return align(logits, site=site, facts=facts, micro=MicroBatch(index=0, kwargs=kwargs, output=output))
+
+
+class Run:
+    """One training forward of a model of the registry: its inputs, its output, and what each head returned."""
+
+    def __init__(self, case: str, **changed: Any) -> None:
+        if not CASES[case].available():
+            pytest.skip(f"no {case} in this transformers")
+        self.model: nn.Module = CASES[case].build(3).eval()
+        self.facts = read_facts(self.model)
+        dataset = CASES[case].dataset(3, 5)
+        self.inputs = dict(CASES[case].collate([dataset[i] for i in range(3)])) | changed
+        self.logits: dict[str, Tensor] = {}
+        for name in CASES[case].heads:
+            self.model.get_submodule(name).register_forward_hook(lambda module, args, output, name=name: self.logits.update({name: output}))
+        with torch.no_grad():
+            self.output = self.model(**self.inputs)
+        self.loss = self.output.loss.item()
+
+    def align(self, head: str, site: Site, *, returned: bool = False) -> Aligned | NotAligned:
+        return aligned(self.logits[head], site, self.facts, self.inputs, self.output if returned else None)
+
+
+@pytest.mark.parametrize(("case", "how"), [("whisper", "not shifted"), ("llama", "shifted by one"), ("voxtral", "shifted by one")])
+def test_the_models_own_loss(case: str, how: str) -> None:
+    """Cross-entropy over labels as laid is the model's loss, for an encoder-decoder and for decoders."""
+    run = Run(case)
+    found = run.align(CASES[case].heads[0], TEXT)
+    assert mean_loss(found) == pytest.approx(run.loss, abs=1e-5)
+    assert isinstance(found, Aligned)
+    assert found.how == how
+
+
+def test_qwen2_audio() -> None:
+    """Qwen2-Audio: its own loss; where it makes room for the frames itself (4.46) that is said, with both shapes."""
+    run = Run("qwen2_audio")
+    found = run.align(CASES["qwen2_audio"].heads[0], TEXT, returned=True)
+    if EXPANDS:
+        assert isinstance(found, NotAligned)
+        assert not found.later
+        assert str(tuple(run.inputs["labels"].shape)) in found.reason
+    else:
+        assert mean_loss(found) == pytest.approx(run.loss, abs=1e-5)
+
+
+def test_qwen2_audio_labels_under_padding() -> None:
+    """Qwen2-Audio leaves out labels under padding although they are no -100; so do we."""
+    if EXPANDS:
+        pytest.skip("4.46 makes room for the frames itself")
+    plain = Run("qwen2_audio")
+    labels = plain.inputs["labels"].masked_fill(plain.inputs["attention_mask"] == 0, 5)
+    assert not torch.equal(labels, plain.inputs["labels"])
+    run = Run("qwen2_audio", labels=labels)
+    assert mean_loss(run.align(CASES["qwen2_audio"].heads[0], TEXT)) == pytest.approx(run.loss, abs=1e-5)
+
+
+def test_higgs_audio_v2() -> None:
+    """Higgs Audio v2: text loss plus the sum of the codebooks' means is the model's loss."""
+    run = Run("higgs_audio_v2")
+    text, codes = run.align("text_lm_head", TEXT), run.align("audio_lm_head", audio(4))
+    assert mean_loss(text) + sum(codebook_losses(codes)) == pytest.approx(run.loss, abs=1e-5)
+    assert isinstance(codes, Aligned)
+    assert codes.how == "laid over the audio placeholders, shifted by one"
+
+
+def test_higgs_audio_v2_audio_head_alone() -> None:
+    """Without text labels the loss is the sum of the codebooks' means; frames that are not valid lie anywhere."""
+    plain = Run("higgs_audio_v2")
+    mask, labels = plain.inputs["audio_input_ids_mask"], plain.inputs["audio_labels"]
+    assert not mask.all()
+    order = torch.arange(mask.shape[1] - 1, -1, -1)  # padding in front, as generation has it
+    changed = {"audio_input_ids_mask": mask[:, order], "audio_labels": labels[:, order].masked_fill(~mask[:, order, None], 3)}
+    run = Run("higgs_audio_v2", labels=None, audio_input_ids=plain.inputs["audio_input_ids"][:, order], **changed)
+    assert sum(codebook_losses(run.align("audio_lm_head", audio(4)))) == pytest.approx(run.loss, abs=1e-5)
+
+
+def test_the_original_kind() -> None:
+    """The original kind: expanded labels when the root returned, and (K, n) audio labels over n audio positions."""
+    run = Run("original")
+    text_head, audio_head = CASES["original"].heads
+    early = run.align(text_head, TEXT)
+    assert isinstance(early, NotAligned)
+    assert early.later
+    text = run.align(text_head, TEXT, returned=True)
+    assert isinstance(text, Aligned)
+    assert text.how == "expanded_labels, shifted by one"
+    assert mean_loss(text) == pytest.approx(run.output.llm_loss.item(), abs=1e-5)
+    codes = run.align(audio_head, audio(run.inputs["label_audio_ids"].shape[0]))
+    assert isinstance(codes, Aligned)
+    assert codes.how == "shifted by one"
+    losses = codebook_losses(codes)
+    assert sum(losses) / len(losses) == pytest.approx(run.loss - run.output.llm_loss.item(), abs=1e-5)
+
+
+def test_audio_positions_by_hand() -> None:
+    """(n, K*V) and (n, K, V) logits give the same, also with as many positions as codebooks."""
+    torch.manual_seed(1)
+    for n in (9, 3):
+        logits, labels = torch.randn(n, 3 * 11), torch.randint(0, 11, (3, n))
+        expected = [F.cross_entropy(logits[:-1, 11 * k : 11 * (k + 1)], labels[k, 1:]).item() for k in range(3)]
+        for shape in ((n, 33), (n, 3, 11)):
+            found = aligned(logits.view(shape), audio(3), CAUSAL, {"label_audio_ids": labels})
+            assert codebook_losses(found) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1)])
+def test_one_codebook(shape: tuple[int, int]) -> None:
+    """One codebook: labels with or without a dimension for it lie over (n, V) logits and over (B, S, V) logits."""
+    torch.manual_seed(2)
+    logits, labels = torch.randn(9, 11), torch.randint(0, 11, (9,))
+    expected = F.cross_entropy(logits[:-1], labels[1:]).item()
+    found = aligned(logits, audio(1), CAUSAL, {"label_audio_ids": labels.view(shape)})
+    assert codebook_losses(found) == pytest.approx([expected], abs=1e-5)
+    for batched in ((1, 9), (1, 9, 1)):
+        found = aligned(logits[None], audio(1), CAUSAL, {"audio_labels": labels.view(batched)})
+        assert codebook_losses(found) == pytest.approx([expected], abs=1e-5)
+
+
+def test_audio_labels_of_every_position() -> None:
+    """(B, S, K) labels over (B, S, K*V) logits need no placeholders."""
+    torch.manual_seed(3)
+    logits, labels = torch.randn(2, 6, 33), torch.randint(0, 11, (2, 6, 3))
+    expected = [F.cross_entropy(logits[:, :-1, 11 * k : 11 * (k + 1)].flatten(0, 1), labels[:, 1:, k].flatten()).item() for k in range(3)]
+    assert codebook_losses(aligned(logits, audio(3), CAUSAL, {"audio_labels": labels})) == pytest.approx(expected, abs=1e-5)
+
+
+def test_placeholders_and_frames_that_do_not_match() -> None:
+    """More placeholders than frames, more frames than placeholders, no frame: what is over stays without a label, nothing breaks."""
+    ids = torch.tensor([[7, 1, 8, 7], [7, 2, 2, 7]])
+    logits, labels = torch.randn(2, 4, 33), torch.arange(9).view(1, 3, 3)
+    found = aligned(logits, audio(3), JOINED, {"audio_labels": labels, "input_ids": ids})
+    ignored = [-100] * 3
+    assert isinstance(found, Aligned)
+    assert found.labels.tolist() == [[[0, 1, 2], ignored, [3, 4, 5], [6, 7, 8]], [ignored] * 4]
+    mask = torch.tensor([[1, 0, 1]])
+    found = aligned(logits, audio(3), JOINED, {"audio_labels": labels, "audio_input_ids_mask": mask, "input_ids": ids})
+    assert isinstance(found, Aligned)
+    assert found.labels.tolist() == [[[0, 1, 2], ignored, [6, 7, 8], ignored], [ignored] * 4]
+    found = aligned(logits, audio(3), JOINED, {"audio_labels": labels, "input_ids": ids.clamp(max=2)})
+    assert isinstance(found, Aligned)
+    assert (found.labels == -100).all()
+    found = aligned(logits, audio(3), JOINED, {"audio_labels": labels[:, :0], "input_ids": ids})
+    assert isinstance(found, Aligned)
+    assert (found.labels == -100).all()
+
+
+def test_labels_that_never_reached_the_forward() -> None:
+    """Labels that label smoothing popped are found in the batch."""
+    run = Run("llama")
+    labels = run.inputs.pop("labels")
+    found = align(run.logits["lm_head"], site=TEXT, facts=run.facts, micro=MicroBatch(index=0, batch={"labels": labels}, kwargs=run.inputs))
+    assert mean_loss(found) == pytest.approx(run.loss, abs=1e-5)
+
+
+def test_shifted_already() -> None:
+    """``shift_labels`` among the inputs are not shifted again, and win over ``labels``; an encoder-decoder has none."""
+    torch.manual_seed(4)
+    logits, labels = torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
+    inputs = {"labels": labels, "shift_labels": labels.roll(-1, 1)}
+    found = aligned(logits, TEXT, CAUSAL, inputs)
+    assert mean_loss(found) == pytest.approx(F.cross_entropy(logits.flatten(0, 1), labels.roll(-1, 1).flatten()).item(), abs=1e-5)
+    assert isinstance(found, Aligned)
+    assert found.how == "already shifted (shift_labels)"
+    assert mean_loss(aligned(logits, TEXT, JOINED, inputs)) == pytest.approx(
+        F.cross_entropy(logits.flatten(0, 1), labels.flatten()).item(), abs=1e-5
+    )
+
+
+@pytest.mark.parametrize("name", ["logits_to_keep", "num_logits_to_keep"])
+def test_logits_to_keep(name: str) -> None:
+    """Logits of the last n positions lie over the last n labels, of text and of audio."""
+    torch.manual_seed(5)
+    logits, labels = torch.randn(2, 4, 33), torch.randint(0, 11, (2, 9, 3))
+    found = aligned(logits[..., :11], TEXT, CAUSAL, {"labels": labels[..., 0], name: 4})
+    expected = [F.cross_entropy(logits[:, :-1, 11 * k : 11 * (k + 1)].flatten(0, 1), labels[:, -3:, k].flatten()).item() for k in range(3)]
+    assert mean_loss(found) == pytest.approx(expected[0], abs=1e-5)
+    assert isinstance(found, Aligned)
+    assert found.how == "the last 4, shifted by one"
+    assert codebook_losses(aligned(logits, audio(3), CAUSAL, {"audio_labels": labels, name: 4})) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("keep", [3, torch.tensor([1, 5, 6, 8]), None])
+def test_lengths_that_do_not_match(keep: Any) -> None:
+    """Logits shorter than the labels without a matching ``logits_to_keep`` are not guessed at: the reason holds the numbers."""
+    found = aligned(torch.randn(2, 4, 11), TEXT, CAUSAL, {"labels": torch.zeros(2, 9, dtype=torch.int64), "logits_to_keep": keep})
+    assert isinstance(found, NotAligned)
+    assert found.later
+    assert "labels of shape (2, 9)" in found.reason
+    assert "(2, 4, 11)" in found.reason
+    assert ("logits_to_keep" in found.reason) == (keep is not None)
+    assert not isinstance(aligned(torch.randn(2, 4, 11), TEXT, CAUSAL, {"labels": torch.zeros(3, 4, dtype=torch.int64)}), Aligned)
+
+
+def test_expanded_labels_win() -> None:
+    """Expanded labels in the root's output are used, also as a plain mapping; of another length than the logits they are not."""
+    torch.manual_seed(6)
+    logits, labels, expanded = torch.randn(2, 8, 11), torch.randint(0, 11, (2, 5)), torch.randint(0, 11, (2, 8))
+    expected = F.cross_entropy(logits[:, :-1].flatten(0, 1), expanded[:, 1:].flatten()).item()
+    for own in (labels, expanded.flip(1)):
+        assert mean_loss(aligned(logits, TEXT, CAUSAL, {"label_ids": own}, {"expanded_labels": expanded})) == pytest.approx(
+            expected, abs=1e-5
+        )
+    found = aligned(logits, TEXT, CAUSAL, {"label_ids": labels}, {"expanded_labels": expanded[:, :7]})
+    assert isinstance(found, NotAligned)
+    assert not found.later
+    found = aligned(logits, TEXT, CAUSAL, {"label_ids": expanded}, {"expanded_labels": expanded[:, :7]})
+    assert mean_loss(found) == pytest.approx(expected, abs=1e-5)
+
+
+def test_nothing_found() -> None:
+    """Without labels the reason says which names were looked for; text labels are not taken for an audio head's."""
+    found = aligned(torch.randn(2, 4, 11), TEXT, CAUSAL, {"input_ids": torch.ones(2, 4)})
+    assert isinstance(found, NotAligned)
+    assert found.later
+    assert "labels, label_ids, shift_labels" in found.reason
+    assert isinstance(aligned(torch.randn(2, 4, 11), TEXT, CAUSAL, {}, {}), NotAligned)
+    assert not aligned(torch.randn(2, 4, 11), TEXT, CAUSAL, {}, {}).later  # type: ignore[union-attr]
+    found = aligned(torch.randn(2, 4, 33), audio(3), CAUSAL, {"labels": torch.zeros(2, 4, dtype=torch.int64)})
+    assert isinstance(found, NotAligned)
+    assert not found.later
+    assert "audio_labels, label_audio_ids" in found.reason
+
+
+@pytest.mark.parametrize(
+    ("logits", "labels"),
+    [((9, 33), (3, 8)), ((9, 32), (3, 9)), ((2, 4, 33), (3, 9)), ((2, 4, 33), (2, 3, 3)), ((9, 33), (9,)), ((33,), (9,))],
+)
+def test_audio_that_does_not_match(logits: tuple[int, ...], labels: tuple[int, ...]) -> None:
+    """Audio labels that do not lie over the logits are named with both shapes, and nothing breaks."""
+    for name in ("label_audio_ids", "audio_labels"):
+        found = aligned(torch.randn(logits), audio(3), CAUSAL, {name: torch.zeros(labels, dtype=torch.int64)})
+        assert isinstance(found, NotAligned)
+        assert str(logits) in found.reason
+
+
+def test_single_position() -> None:
+    """One position predicts nothing after a shift: no rows, no crash."""
+    found = aligned(torch.randn(2, 1, 11), TEXT, CAUSAL, {"labels": torch.zeros(2, 1, dtype=torch.int64)})
+    assert isinstance(found, Aligned)
+    assert found.labels.shape == (2, 0)
+    assert found.logits.shape == (2, 0, 11)
+
+
+def test_views_not_copies() -> None:
+    """The logits that come back are a view of the head's own, without its graph."""
+    logits = torch.randn(2, 6, 11, requires_grad=True) * 1
+    found = aligned(logits, TEXT, CAUSAL, {"labels": torch.zeros(2, 6, dtype=torch.int32)})
+    assert isinstance(found, Aligned)
+    assert found.logits.data_ptr() == logits.data_ptr()
+    assert not found.logits.requires_grad
+
+
+def test_no_sync() -> None:
+    """On a device whose values the host cannot read, nothing is read, and labels on the CPU are moved there."""
+    ids = torch.zeros(2, 6, dtype=torch.int64)
+    inputs = {"labels": ids, "audio_labels": torch.zeros(2, 5, 3, dtype=torch.int64), "input_ids": ids.to("meta")}
+    inputs["audio_input_ids_mask"] = torch.ones(2, 5, dtype=torch.bool)
+    for site, width in ((TEXT, 11), (audio(3), 33)):
+        found = aligned(torch.empty(2, 6, width, device="meta"), site, CAUSAL, inputs)
+        assert isinstance(found, Aligned)
+        assert found.labels.device.type == "meta"
