@@ -147,18 +147,23 @@ def test_nan_is_not_hidden() -> None:
 
 
 class Largest(TorchDispatchMode):
-    """Records the bytes of the largest new storage, apart from results of a given number of elements."""
+    """Records the bytes of the largest new storage, apart from one, the result's, of a given number of elements."""
 
     def __init__(self, result: int) -> None:
         super().__init__()
         self.result = result
+        self.result_storage: int | None = None
         self.bytes = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         inputs = {leaf.untyped_storage()._cdata for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         output = func(*args, **(kwargs or {}))
         for leaf in torch.utils._pytree.tree_leaves(output):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in inputs and leaf.numel() != self.result:
+            if not isinstance(leaf, Tensor) or leaf.untyped_storage()._cdata in inputs:
+                continue
+            if self.result_storage is None and leaf.numel() == self.result and leaf.dtype == torch.float32:
+                self.result_storage = leaf.untyped_storage()._cdata
+            else:
                 self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
         return output
 
@@ -178,6 +183,27 @@ def test_temporaries_are_bounded(monkeypatch: pytest.MonkeyPatch, dtype: torch.d
             chunked = recompute(q, k, index, enable_gqa=True, is_causal=True)
         assert largest.bytes <= limit < k.numel() * 4
         torch.testing.assert_close(chunked.p_BHRK, whole.p_BHRK, atol=1e-7, rtol=0)
+
+
+def test_a_mask_expanded_over_heads_is_not_copied_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mask that the model expanded over its heads is gathered once; nothing of the size of the result is built for it."""
+    q, k = normal(2, 8, 20, 4, seed=38), normal(2, 8, 64, 4, seed=39)
+    mask = normal(2, 1, 20, 64, seed=40).expand(2, 8, 20, 64)
+    monkeypatch.setattr(probabilities, "CHUNK_BYTES", 1)
+    with Largest(2 * 8 * 20 * 64) as largest:
+        rows = recompute(q, k, attn_mask=mask)
+    assert largest.bytes <= mask.stride(0) * 2 * 4 < rows.p_BHRK.numel() * 4
+    torch.testing.assert_close(rows.p_BHRK.double(), reference(q, k, attn_mask=mask.double()), atol=1e-6, rtol=0)
+
+
+def test_mask_and_causal_flag_together() -> None:
+    """Where a mask and ``is_causal`` are both given, a key must pass both, as in PyTorch's own formula."""
+    q, k = normal(B, H, S, D, seed=41), normal(B, H, S, D, seed=42)
+    mask = bool_mask(B, 1, S, S, seed=43)
+    both = mask & torch.ones(S, S).tril().bool()
+    rows = recompute(q, k, attn_mask=mask, is_causal=True)
+    torch.testing.assert_close(rows.p_BHRK.double(), reference(q, k, attn_mask=both), atol=1e-6, rtol=0)
+    assert torch.equal(rows.visible_BRK, both[:, 0])
 
 
 def test_materialised_rows_are_the_models_own() -> None:

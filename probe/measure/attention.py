@@ -92,7 +92,7 @@ def describe(
     Raises:
         NotObservable: rows, choice and modalities are not of the same call, by their shapes.
     """
-    with torch.no_grad(), torch.autocast(rows.p_BHRK.device.type, enabled=False):
+    with torch.no_grad():
         _check(rows.p_BHRK.shape[0], rows.p_BHRK.shape[3], rows.queries, choice, query_modality_BS, key_modality_BK)
         groups_BKM = _key_groups(rows.visible_BRK, key_modality_BK)
         known = key_modality_BK is not None
@@ -106,7 +106,7 @@ def describe_later(rows: RowProbabilities, choice: RowChoice) -> HeadMeanRows:
     Raises:
         NotObservable: rows and choice are not of the same call, by their shapes.
     """
-    with torch.no_grad(), torch.autocast(rows.p_BHRK.device.type, enabled=False):
+    with torch.no_grad():
         _check(rows.p_BHRK.shape[0], rows.p_BHRK.shape[3], rows.queries, choice, None, None)
         return HeadMeanRows(p_BRK=rows.p_BHRK.mean(1), visible_BRK=rows.visible_BRK, entropy_BHR=_entropy(rows.p_BHRK), choice=choice)
 
@@ -117,7 +117,7 @@ def finish_later(held: HeadMeanRows, query_modality_BS: Tensor | None, key_modal
     Raises:
         NotObservable: the modalities are not those of the held call, by their shapes.
     """
-    with torch.no_grad(), torch.autocast(held.p_BRK.device.type, enabled=False):
+    with torch.no_grad():
         _check(held.p_BRK.shape[0], held.p_BRK.shape[2], held.choice.queries, held.choice, query_modality_BS, key_modality_BK)
         groups_BKM = _key_groups(held.visible_BRK, key_modality_BK)
         mass_B1RM = (held.p_BRK.double() @ groups_BKM)[:, None]
@@ -155,7 +155,7 @@ def _entropy(p_BHRK: Tensor) -> Tensor:
 
 
 def _mass(p_BHRK: Tensor, groups_BKM: Tensor) -> Tensor:
-    """Return the mass on each group of keys, float64 (B, H, R, M). float64 also because TF32 may be allowed for float32 products."""
+    """Return the mass on each group of keys, float64 (B, H, R, M): neither autocast nor TF32 touches a float64 product."""
     samples, _, rows, _ = p_BHRK.shape
     return torch.cat([(p_bhRK.flatten(1, 2) @ groups_BKM).view(samples, -1, rows, _ALL + 1) for p_bhRK in _parts(p_BHRK)], 1)
 
