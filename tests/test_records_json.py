@@ -98,6 +98,9 @@ def test_reading_is_strict(literal: str) -> None:
     """NaN and Infinity are refused on reading too, also as a number too large."""
     with pytest.raises(ProbeValueError):
         from_json(f'{{"step":1,"time":{literal},"ranks":1}}')
+    if literal != "1e999":
+        with pytest.raises(ProbeValueError):
+            from_json(f'{{"step":1,"time":0,"ranks":1,"novelty":{literal}}}')
 
 
 def test_unknown_keys_are_ignored() -> None:

@@ -10,7 +10,17 @@ from dataclasses import replace
 
 import pytest
 
-from probe.records import Attention, Branches, Conditioning, Head, Inputs, StepRecord
+from probe.records import (
+    Accuracy,
+    Attention,
+    AudioSegment,
+    Branches,
+    Conditioning,
+    Head,
+    Inputs,
+    SiteStatistics,
+    StepRecord,
+)
 from probe.sections import attention, inputs, outputs, verification
 from probe.sections.blocks import Comparison, Fact, Facts, Note, Section, Table
 from probe.sections.reasons import ATTENTION, INPUT, OUTPUT, VERIFICATION, section_of
@@ -97,7 +107,7 @@ def test_random_reasons_are_shown_in_their_section() -> None:
 
 
 def test_section_of_keys() -> None:
-    """A prefix counts only as a whole word; the longest decides; what nobody knows goes to the verification."""
+    """A prefix counts only as a whole word; what nobody knows goes to the verification."""
     assert section_of("inputs/text") == INPUT
     assert section_of("probe/text/loss") == OUTPUT
     assert section_of("lm_head") == OUTPUT
@@ -132,8 +142,8 @@ def test_input_shows_shares_and_audio() -> None:
     assert segments.rows == (("0", "0", "412", "frames", "4.12", ""), ("1", "0", "3,000", "frames", "30.00", "constant"))
     many = inputs.section(speech_record())
     assert fact(many, "Ids outside vocabulary") == Fact("Ids outside vocabulary", "3 tokens", "warning")
-    assert len(table(many, "12 audio segments").rows) == 8
-    assert table(many, "12 audio segments").footer == "and 4 more in the record"
+    assert len(table(many, "12 audio segments").rows) == 6
+    assert table(many, "12 audio segments").footer == "and 6 more in the record"
     assert fact(many, "Step").value == "8 samples in 4 micro-batches, 2 ranks"
 
 
@@ -149,7 +159,7 @@ def test_input_shows_text_or_ids() -> None:
     record = speech_record(not_measured={"inputs/text": "no tokenizer was given"})
     section = inputs.section(record)
     assert fact(section, "Sample 1 input").value.startswith("ids 0, 1, 2, 3")
-    assert "text not measured: no tokenizer was given" in page(section)
+    assert fact(section, "Text").value == "not measured: no tokenizer was given"
 
 
 def test_input_without_anything() -> None:
@@ -202,7 +212,7 @@ def test_output_says_what_is_missing() -> None:
     assert fact(section, "Loss").tone == "missing"
     head = Head("lm_head", "text", 1, nonfinite=3)
     section = outputs.section(text_record(heads=(head,), not_measured={"probe/text/loss": "the batch has no labels"}))
-    assert fact(section, "lm_head labels").value == "not measured: the batch has no labels"
+    assert fact(section, "lm_head").value == "not measured: the batch has no labels"
     assert Note("lm_head: 3 logits NaN or Inf", "warning") in section.blocks
 
 
@@ -317,6 +327,60 @@ def test_verification_shows_findings_first() -> None:
     assert section.blocks[0] == Note(
         "warning, encoder-frozen at model.encoder, since step 1: no parameter of the encoder trains", "warning"
     )
+
+
+def test_metrics_missing_for_one_reason_are_said_once() -> None:
+    """Of many metrics that lack for the same reason one line is made, and none is forgotten that lacks for another."""
+    reason = "the decoder reads the audio through cross-attention"
+    names = ("text_to_audio", "audio_to_text", "text_to_text", "audio_to_audio")
+    record = whisper_record(
+        metrics={"probe/attention/entropy": 0.5},
+        not_measured={
+            **{f"probe/attention/{name}": reason for name in names},
+            "probe/attention/padding": "no mask",
+            "probe/attention/cross/padding": "no mask of the encoder",
+        },
+    )
+    section = attention.section(record)
+    assert page(section).count(reason) == 1
+    assert fact(section, "text → audio and 3 more").value == f"not measured: {reason}"
+    assert fact(section, "padding").value == "not measured: no mask"
+    assert fact(section, "probe/attention/cross/padding").value == "not measured: no mask of the encoder"
+
+
+def test_a_head_without_a_labelled_position() -> None:
+    """A head that was scored on nothing says why, by its own reason before that of its modality."""
+    head = Head("lm_head", "text", 1, accuracy=Accuracy(0))
+    reasons = {"probe/text/loss": "all masked", "probe/text/entropy": "all masked"}
+    section = outputs.section(text_record(heads=(head,), not_measured=reasons))
+    assert fact(section, "lm_head").value == "not measured: all masked"
+    assert page(section).count("all masked") == 1
+    section = outputs.section(text_record(heads=(head,), not_measured={**reasons, "head:lm_head": "labels do not lie over logits"}))
+    assert fact(section, "lm_head").value == "not measured: labels do not lie over logits"
+
+
+def test_segments_of_both_units_are_shown() -> None:
+    """Runs of placeholder tokens do not crowd out the clips."""
+    segments = (*(AudioSegment(0, index, 1, "tokens") for index in range(20)), AudioSegment(0, 0, 300, "frames", 3.0))
+    shown = table(inputs.section(whisper_record(inputs=Inputs(1, 1, audio=segments))), "21 audio segments")
+    assert column(shown, "unit") == ["tokens"] * 6 + ["frames"]
+    assert shown.footer == "and 14 more in the record"
+
+
+def test_sites_with_a_section_of_their_own_are_not_repeated() -> None:
+    """The table of sites holds encoder, projector and the user's own; what is wrong anywhere is named, once."""
+    own = SiteStatistics("mine", "custom", 1, (2, 3), "float32", 6)
+    layers = tuple(SiteStatistics(f"layers.{index}.attn", "attention", 1) for index in range(20))
+    broken = SiteStatistics("lm_head", "lm_head", 1, (2, 3), "float32", 6, nonfinite=2)
+    record = whisper_record(
+        statistics=(*layers, *whisper_record().statistics, own, broken),
+        not_measured={"site:lm_head": "2 NaN or Inf values in its output", "site:other": "attention was not called"},
+    )
+    section = verification.section(record)
+    assert column(table(section, "observed sites"), "site") == ["model.encoder", "mine"]
+    assert page(section).count("lm_head: 2 of 6 output values are NaN or Inf") == 1
+    assert "2 NaN or Inf values" not in page(section)
+    assert fact(section, "site:other").value == "not measured: attention was not called"
 
 
 def test_sections_load_neither_models_nor_terminal() -> None:

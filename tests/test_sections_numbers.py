@@ -39,7 +39,9 @@ def test_number_is_close_to_the_value() -> None:
         (0.2317, "23.2 %"),
         (0.0004, "0.04 %"),
         (0.99999, "99.999 %"),
-        (1 - 1e-9, "99.999 %"),
+        (1 - 1e-7, "100 %"),
+        (1 + 1e-7, "100 %"),
+        (1 - 2e-6, "99.999 %"),
         (1e-7, "1e-05 %"),
     ],
 )
@@ -55,8 +57,9 @@ def test_counts() -> None:
     assert numbers.counted(0, "clip") == "0 clips"
     assert [numbers.scaled(value) for value in (999, 1000, 8_208_384, 1_543_714_304)] == ["999", "1 k", "8.21 M", "1.54 B"]
     assert numbers.scaled(999_999) == "1 M"
-    assert numbers.span([4, 12, 4]) == "4 … 12"
-    assert numbers.span([]) == "-"
+    assert numbers.span([4, 12, 4], "head") == "4 … 12 heads"
+    assert numbers.span([1, 1], "call") == "1 call"
+    assert numbers.span([], "head") == "no heads"
     assert numbers.interval(1.0, 1.0) == "1"
     assert numbers.interval(None, None) == "-"
     assert numbers.shape(()) == "[]"

@@ -61,8 +61,13 @@ def _overall(record: StepRecord, reasons: Reasons) -> Facts:
         name = f"probe/attention/{what}"
         if name in metrics:
             rows.append(Fact(label, f"{share(metrics[name])} of the probability"))
-        elif name in record.not_measured:
-            rows.append(Fact(label, reasons.missing(name), "missing"))
+    missing = record.not_measured
+    absent = {what: missing[f"probe/attention/{what}"] for _, what in _MASSES if f"probe/attention/{what}" in missing}
+    for reason in dict.fromkeys(absent.values()):
+        labels = [label for label, what in _MASSES if absent.get(what) == reason]
+        first = next(what for what, why in absent.items() if why == reason)
+        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        rows.append(Fact(f"{labels[0]}{more}", reasons.missing(f"probe/attention/{first}"), "missing"))
     return Facts(tuple(rows), f"Mean over {counted(len(record.attention), 'layer')}, before dropout")
 
 
@@ -85,9 +90,11 @@ def _table(title: str, kind: AttentionKind, layers: list[Attention], metrics: di
     else:
         rows += [_row(name, layer, masses) for name, layer in zip(names, layers)]
     footer = f"{counted(len(layers), 'layer')}, every one in the record" if summarised else ""
-    heads, keys, rows_seen, calls = (span(getattr(layer, what) for layer in layers) for what in ("heads", "keys", "rows", "calls"))
+    heads, keys, rows_seen, calls = (
+        span((getattr(layer, f"{noun}s") for layer in layers), noun) for noun in ("head", "key", "row", "call")
+    )
     how = ", ".join(sorted({layer.how for layer in layers}))
-    about = f"{heads} heads, {keys} keys, {rows_seen} rows in {calls} calls a layer"
+    about = f"{heads}, {keys}, {rows_seen} in {calls} a layer"
     return Table(title, columns, tuple(rows), f"{pattern}: {about}; {how}", footer)
 
 

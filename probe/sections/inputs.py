@@ -7,7 +7,7 @@ from probe.sections.blocks import Block, Column, Fact, Facts, Section, Table
 from probe.sections.numbers import counted, dtype, fixed, ids, interval, number, passage, shape, share
 from probe.sections.reasons import INPUT, Reasons
 
-_SHOWN_SEGMENTS = 8
+_SHOWN_SEGMENTS = 6
 _SHOWN_SAMPLES = 2
 _FIRST_VALUES = 6
 _FIRST_IDS = 24
@@ -106,7 +106,8 @@ def _segments(inputs: Inputs, reasons: Reasons) -> tuple[Block, ...]:
     if not inputs.audio:
         missing = reasons.known("inputs/audio_segments")
         return (facts, _missing("Audio segments", reasons, "inputs/audio_segments")) if missing else (facts,)
-    shown = inputs.audio[:_SHOWN_SEGMENTS]
+    by_unit = ([segment for segment in inputs.audio if segment.unit == unit] for unit in ("tokens", "frames"))
+    shown = [segment for segments in by_unit for segment in segments[:_SHOWN_SEGMENTS]]
     left = len(inputs.audio) - len(shown)
     columns = (
         Column("sample", True),
@@ -131,17 +132,20 @@ def _samples(samples: tuple[InputSample, ...], reasons: Reasons) -> tuple[Block,
         return (_missing("Text", reasons, "inputs/text", "inputs/shown", "tokenizer"),)
     rows: list[Fact] = []
     for sample in samples[:_SHOWN_SAMPLES]:
-        rows += _lines(f"Sample {sample.index} input", sample.ids, sample.text, reasons)
-        rows += _lines(f"Sample {sample.index} labels", sample.label_ids, sample.label_text, reasons)
-    if not rows:
-        return (_missing("Text", reasons, "inputs/text", "inputs/shown", "tokenizer"),)
-    return (Facts(tuple(rows), "Decoded, special tokens visible"),)
+        rows += _line(f"Sample {sample.index} input", sample.ids, sample.text)
+        rows += _line(f"Sample {sample.index} labels", sample.label_ids, sample.label_text)
+    undecoded = any(found and text is None for sample in samples for found, text in _pairs(sample))
+    if undecoded or not rows:
+        rows.append(Fact("Text", reasons.missing("inputs/text", "inputs/shown", "tokenizer"), "missing"))
+    return (Facts(tuple(rows), "Samples, special tokens visible"),)
 
 
-def _lines(label: str, token_ids: tuple[int, ...], text: str | None, reasons: Reasons) -> list[Fact]:
-    """Return the text of some ids, or the ids themselves with the reason why there is no text; nothing where there are no ids."""
+def _pairs(sample: InputSample) -> tuple[tuple[tuple[int, ...], str | None], ...]:
+    return (sample.ids, sample.text), (sample.label_ids, sample.label_text)
+
+
+def _line(label: str, token_ids: tuple[int, ...], text: str | None) -> list[Fact]:
+    """Return the text of some ids, else the ids themselves; nothing where there are none."""
     if text is not None:
         return [Fact(label, passage(text, _CHARACTERS))]
-    if not token_ids:
-        return []
-    return [Fact(label, f"ids {ids(token_ids, _FIRST_IDS)}"), Fact("", f"text {reasons.missing('inputs/text', 'tokenizer')}", "missing")]
+    return [Fact(label, f"ids {ids(token_ids, _FIRST_IDS)}")] if token_ids else []

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 
 MISSING = "-"
 
+_ROUNDING = 1e-4  # per cent: what probabilities in single precision miss of their sum
+
 _SCALES = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 _REPEATED = re.compile(r"(<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\])\1{3,}")
 
@@ -29,11 +31,11 @@ def fixed(value: float | None, digits: int = 3) -> str:
 
 
 def share(value: float | None) -> str:
-    """A share as a percentage. 0 % and 100 % mean exactly that: what is only near them gets the digits to say so."""
+    """A share as a percentage. 0 % and 100 % mean that, up to rounding in the sums: what is only near them gets the digits to say so."""
     if value is None:
         return MISSING
     percent = 100.0 * value
-    if percent in (0.0, 100.0):
+    if percent == 0.0 or abs(percent - 100.0) < _ROUNDING:
         return f"{percent:.0f} %"
     if 0.0 < percent < 0.1:
         return f"{percent:.2g} %"
@@ -73,10 +75,12 @@ def interval(low: float | None, high: float | None) -> str:
     return number(low) if low == high else f"{number(low)} … {number(high)}"
 
 
-def span(values: Iterable[int]) -> str:
-    """The range of some counts: "4", or "4 … 12"; "-" for none."""
+def span(values: Iterable[int], noun: str) -> str:
+    """The range of some counts with their noun: "1 head", "4 … 12 heads"; "no heads" for none."""
     kept = sorted(set(values))
-    return MISSING if not kept else f"{kept[0]:,}" if len(kept) == 1 else f"{kept[0]:,} … {kept[-1]:,}"
+    if not kept:
+        return f"no {noun}s"
+    return counted(kept[0], noun) if len(kept) == 1 else f"{kept[0]:,} … {kept[-1]:,} {noun}s"
 
 
 def ids(values: Sequence[int], limit: int) -> str:

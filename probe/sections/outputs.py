@@ -99,10 +99,10 @@ def _name(head: Head) -> str:
 
 
 def _tokens(head: Head, reasons: Reasons) -> list[Block]:
-    tokens = (f"{head.site}/tokens", "heads/tokens", "lm_head/tokens", f"lm_head:{head.site}", f"heads:{head.site}")
-    keys = (*tokens, f"probe/{head.modality}/token_accuracy", f"probe/{head.modality}/loss")
-    if head.accuracy is None and not head.codebooks:
-        return [Facts((Fact(f"{_name(head)} labels", reasons.missing(*keys, f"probe/{head.modality}"), "missing"),))]
+    keys = (f"head:{head.site}", f"lm_head:{head.site}", f"lm_head/{head.site}", f"head/{head.site}")
+    if head.accuracy is None or not head.accuracy.labelled:
+        why = reasons.missing(*keys, f"probe/{head.modality}/loss", f"probe/{head.modality}/token_accuracy", f"probe/{head.modality}")
+        return [Facts((Fact(_name(head), why, "missing"),))]
     blocks: list[Block] = []
     pairs = tuple(
         TokenPair(position, str(target), str(predicted), target == predicted)
@@ -112,8 +112,8 @@ def _tokens(head: Head, reasons: Reasons) -> list[Block]:
         shown = pairs if len(pairs) <= 2 * _ENDS else (*pairs[:_ENDS], *pairs[-_ENDS:])
         which = f"all {len(pairs)}" if len(shown) == len(pairs) else f"first and last {_ENDS} of {len(pairs):,}"
         blocks.append(Comparison(f"{_name(head)}: {head.modality} tokens of sample 0, {which} labelled", shown))
-    elif reasons.known(*tokens):
-        blocks.append(Facts((Fact(f"{_name(head)} tokens", reasons.missing(*tokens), "missing"),)))
+    elif reasons.known(*keys):
+        blocks.append(Facts((Fact(f"{_name(head)} tokens", reasons.missing(*keys), "missing"),)))
     texts = [
         Fact(label, passage(text, _CHARACTERS))
         for label, text in (("Target text", head.target_text), ("Predicted text", head.predicted_text))

@@ -12,7 +12,7 @@ OUTPUT = "Output"
 ATTENTION = "Shared attention"
 VERIFICATION = "Zero-shot verification"
 
-# A prefix counts when the key ends with it or goes on with one of "/", ":", ".", "["; the longest one decides. Unknown: VERIFICATION.
+# A prefix counts when the key ends with it or goes on with one of "/", ":", ".", "[". What fits none is shown in VERIFICATION.
 PREFIXES: dict[str, str] = {
     "inputs": INPUT,
     "input": INPUT,
@@ -48,8 +48,7 @@ _UNKNOWN = "the record gives no reason"
 
 def section_of(key: str) -> str:
     """Return the title of the section that shows the reason under ``key``."""
-    fitting = [prefix for prefix in PREFIXES if _begins(key, prefix)]
-    return PREFIXES[max(fitting, key=len)] if fitting else VERIFICATION
+    return next((title for prefix, title in PREFIXES.items() if _begins(key, prefix)), VERIFICATION)
 
 
 def _begins(key: str, prefix: str) -> bool:
@@ -78,6 +77,8 @@ class Reasons:
             if found:
                 reason = self._reasons[found[0]]
                 self._shown.update(name for name in found if self._reasons[name] == reason)
+                # Metrics that lack for the same reason say nothing new; a site would.
+                self._shown.update(name for name in self._reasons if name.startswith("probe/") and self._reasons[name] == reason)
                 return f"not measured: {reason}"
         return f"not measured: {_UNKNOWN}"
 

@@ -9,6 +9,8 @@ from probe.sections.reasons import VERIFICATION, Reasons
 
 _TONES: dict[str, Tone] = {"critical": "critical", "warning": "warning", "info": "plain"}
 _SHOWN_SITES = 8
+# Heads and attention layers have sections of their own; of a feed-forward branch the tokens that it received say more.
+_ROLES = ("audio_encoder", "projector", "custom")
 
 
 def section(record: StepRecord) -> Section:
@@ -16,19 +18,19 @@ def section(record: StepRecord) -> Section:
     reasons = Reasons(record, VERIFICATION)
     encoder = next((row for row in record.statistics if row.role == "audio_encoder"), None)
     blocks: list[Block] = [_finding(finding) for finding in record.findings]
-    blocks += [
-        Note(f"{row.site or row.role}: {row.nonfinite:,} of {row.elements:,} output values are NaN or Inf", "warning")
-        for row in record.statistics
-        if row.nonfinite
-    ]
+    for row in record.statistics:
+        if row.nonfinite:
+            reasons.missing(f"site:{row.site}")  # the note says it better
+            blocks.append(Note(f"{row.site or row.role}: {row.nonfinite:,} of {row.elements:,} output values are NaN or Inf", "warning"))
     facts = (*_encoder(record, encoder, reasons), *_conditioning(record.conditioning, reasons), *_optimisation(record, reasons))
     blocks.append(Facts(facts))
     if record.parts:
         blocks.append(_parts(record.parts))
     else:
         blocks.append(Facts((Fact("Parts", reasons.missing("parts", "grad", "probe/grad"), "missing"),)))
-    if record.statistics:
-        blocks.append(_statistics(record.statistics))
+    shown = tuple(row for row in record.statistics if row.role in _ROLES)
+    if shown:
+        blocks.append(_statistics(shown))
     return Section(VERIFICATION, record.step, (*blocks, *reasons.rest()))
 
 
@@ -45,6 +47,8 @@ def _encoder(record: StepRecord, row: SiteStatistics | None, reasons: Reasons) -
         return [Fact("Audio encoder", reasons.missing("audio_encoder", "conditioning", "probe/audio_encoder"), "missing")]
     calls = row.calls if row is not None else conditioning.encoder_calls if conditioning is not None else 0
     facts = [_calls(name, calls, record)]
+    if not calls:
+        reasons.missing(f"site:{name}")  # said just now
     if row is not None and calls:
         facts += [Fact("  output", f"{shape(row.shape)} {dtype(row.dtype)}"), *_spread(row, reasons)]
     part = next((part for part in record.parts if part.name in ("audio_encoder", "encoder", name)), None)

@@ -8,21 +8,27 @@ from __future__ import annotations
 
 import io
 import os
+import random
 import re
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-from rich.console import Console, Group, RenderableType
-from rich.padding import Padding
-from rich.rule import Rule
-from rich.table import Table as RichTable
-from rich.text import Text
 from tqdm.std import tqdm  # type: ignore[import-untyped]
 
 from probe.sections.blocks import Block, Column, Comparison, Fact, Facts, Section, Table, TokenPair, Tone
 from probe.sections.numbers import MISSING
+
+# Loading rich draws from Python's generator (rich.style makes an id of 24 random bits), which would change the run of whoever attaches.
+_state = random.getstate()
+from rich.console import Console, Group, RenderableType  # noqa: E402
+from rich.padding import Padding  # noqa: E402
+from rich.rule import Rule  # noqa: E402
+from rich.table import Table as RichTable  # noqa: E402
+from rich.text import Text  # noqa: E402
+
+random.setstate(_state)
 
 _PLAIN_WIDTH = 120
 _WIDTHS = (60, 160)
