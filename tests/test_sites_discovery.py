@@ -184,9 +184,8 @@ def test_a_head_as_wide_as_all_codebooks_is_of_audio(rows: int, head: tuple[str,
     assert (site.modality, site.codebooks) == head
 
 
-def test_ctc_heads_are_named_with_their_reason() -> None:
-    """A CTC head is no site; it is reported under a key of its own and as the reason that there is no LM head."""
-    config = transformers.Wav2Vec2Config(
+def wav2vec2() -> transformers.Wav2Vec2Config:
+    return transformers.Wav2Vec2Config(
         vocab_size=20,
         hidden_size=8,
         num_hidden_layers=1,
@@ -199,7 +198,49 @@ def test_ctc_heads_are_named_with_their_reason() -> None:
         num_conv_pos_embeddings=4,
         num_conv_pos_embedding_groups=2,
     )
-    found = discover(transformers.Wav2Vec2ForCTC(config))
+
+
+def test_an_encoder_inside_an_encoder_is_not_counted() -> None:
+    """A pretrained encoder that is part of a tower belongs to the tower."""
+    model = HandWritten()
+    model.tower.semantic = transformers.Wav2Vec2Model(wav2vec2())
+    assert names(discover(model), "audio_encoder") == ["tower"]
+    model.speaker = transformers.Wav2Vec2Model(wav2vec2())
+    assert names(discover(model), "audio_encoder") == ["tower", "speaker"]
+
+
+def test_a_codec_is_not_an_encoder() -> None:
+    """A model that quantizes turns audio into codes: it is named in the reason, and its own attention is not joint."""
+    model = nn.Module()
+    model.codec = transformers.MimiModel(
+        transformers.MimiConfig(
+            num_filters=4,
+            hidden_size=8,
+            upsampling_ratios=[2],
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            head_dim=4,
+            intermediate_size=8,
+            codebook_size=8,
+            codebook_dim=4,
+            vector_quantization_hidden_dimension=4,
+            num_quantizers=2,
+            num_semantic_quantizers=1,
+            upsample_groups=8,
+        )
+    )
+    model.llm = models.CASES["llama"].build(0)
+    found = discover(model)
+    assert names(found, "audio_encoder") == []
+    assert "codec is an audio codec" in found.sites.missing["audio_encoder"]
+    kinds = {site.name.split(".")[0]: site.kind for site in found.sites.of("attention")}
+    assert kinds == {"codec": "encoder", "llm": "decoder"}
+
+
+def test_ctc_heads_are_named_with_their_reason() -> None:
+    """A CTC head is no site; it is reported under a key of its own and as the reason that there is no LM head."""
+    found = discover(transformers.Wav2Vec2ForCTC(wav2vec2()))
     assert names(found, "lm_head") == []
     assert names(found, "audio_encoder") == ["wav2vec2"]
     assert "lm_head" in found.sites.missing["ctc_head"]

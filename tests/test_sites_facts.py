@@ -12,6 +12,7 @@ from torch import nn
 
 import models
 from models.case import Case
+from probe.sites.configs import all_configs
 from probe.sites.facts import core_model, read_facts
 
 
@@ -127,6 +128,7 @@ def test_a_config_that_contains_itself_ends() -> None:
     config = SimpleNamespace(audio_token_id=3)
     config.text_config = SimpleNamespace(thinker_config=config)
     assert read_facts(HandWritten(config)).audio_placeholders == (3,)
+    assert all_configs(HandWritten(config)) == (config, config.text_config)
 
 
 def test_a_codecs_codebooks_are_not_the_models() -> None:
@@ -148,6 +150,15 @@ def test_core_of_encoder_and_language_model_is_the_language_model() -> None:
     joined = Speaking(models.CASES["whisper"].build(0).model.encoder, language)
     assert core_model(joined) is language
     assert read_facts(joined).vocabulary == models.CASES["llama"].vocabulary
+
+
+def test_core_is_what_generates() -> None:
+    """Of a pretrained encoder of text and a language model side by side the language model is the core."""
+    config = transformers.BertConfig(
+        vocab_size=40, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, max_position_embeddings=16
+    )
+    language = models.CASES["llama"].build(0)
+    assert core_model(Speaking(transformers.BertModel(config), language)) is language
 
 
 def test_an_encoder_is_not_the_core_of_a_hand_written_decoder() -> None:

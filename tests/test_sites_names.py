@@ -121,6 +121,35 @@ def test_saved_copy_takes_the_name_of_what_it_replaces() -> None:
     assert not any("modules_to_save" in name or "original_module" in name for name in names.by_name)
 
 
+def test_below_a_saved_copy_the_names_are_the_copys() -> None:
+    """What lies below the replaced original never runs, so no name leads there."""
+    model = models.CASES["llama"].build(0)
+    plain = [name for name, _ in model.named_modules() if "mlp" in name]
+    wrapped = _lora(model, target_modules=["q_proj"], modules_to_save=["mlp"])
+    names = module_names(wrapped)
+    assert [name for name in names.by_name if "mlp" in name] == plain
+    saved = model.model.layers[0].mlp.modules_to_save["default"]
+    assert names.by_name["model.layers.0.mlp.up_proj"] is saved.up_proj
+
+
+def test_two_modules_never_share_a_name() -> None:
+    """Where a wrapper has a child of the same name as the module inside it, both are named."""
+    model = nn.Module()
+    model.layer = nn.Module()
+    model.layer._orig_mod = nn.Module()
+    model.layer._orig_mod.linear = nn.Linear(2, 2)
+    model.layer.linear = nn.Linear(3, 3)
+    model.layer._orig_mod.base = nn.Linear(4, 4)
+    names = module_names(model)
+    assert {module for module in names.by_name.values() if isinstance(module, nn.Linear)} == {
+        model.layer.linear,
+        model.layer._orig_mod.linear,
+        model.layer._orig_mod.base,
+    }
+    assert names.by_name["layer.linear"] is model.layer._orig_mod.linear
+    assert names.find(model.layer.linear) not in (None, "layer.linear")
+
+
 def test_original_takes_its_name_back_when_the_adapter_is_off() -> None:
     """While adapters are disabled the original head is what runs under the name."""
     model = models.CASES["llama"].build(0)

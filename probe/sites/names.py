@@ -129,9 +129,14 @@ def _visit(module: nn.Module, name: str, path: str, names: ModuleNames, *, runs:
         step = _step(module, key, name)
         child_path = f"{path}.{key}" if path else key
         child_name = name if step != "own" else (f"{name}.{key}" if name else key)
-        if step == "own" and runs and child_name in names.by_name:
-            child_name = child_path
+        if step == "own" and runs:
+            child_name = _free(child_name, child_path, names)
         _visit(child, child_name, child_path, names, runs=runs and step != "idle", takes=step in ("own", "inner"))
+
+
+def _free(name: str, path: str, names: ModuleNames) -> str:
+    """Return the name if it is free, else the full path, else the path with a number that no attribute can have."""
+    return next(each for each in (name, path, f"{path}~{len(names.by_name)}") if each not in names.by_name)
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
