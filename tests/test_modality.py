@@ -90,6 +90,9 @@ def test_decoder_mask_wins_over_labels() -> None:
     codes = of_tokens(micro(labels=labels, decoder_attention_mask=mask.long()), facts(encoder_decoder=True))
     assert codes is not None
     assert torch.equal(codes, torch.where(mask, TEXT, PADDING).to(torch.int8))
+    misfit = of_tokens(micro(labels=labels, decoder_attention_mask=mask[:, :4]), facts(encoder_decoder=True))
+    assert misfit is not None
+    assert torch.equal(misfit == PADDING, labels == -100)
     alone = of_tokens(micro(decoder_input_ids=labels.clamp(min=0)), facts(encoder_decoder=True))
     assert alone is not None
     assert bool((alone == TEXT).all())
@@ -218,6 +221,7 @@ def test_frames_that_do_not_fit() -> None:
     assert text_mask is not None
     assert text_mask.any()
     assert fold_frames(torch.ones(2, 200, dtype=torch.bool), frames=0, clips=2) is None
+    assert fold_frames(torch.ones(2, 0, dtype=torch.bool), frames=5, clips=2) is None
 
 
 def test_silence_is_read_before_spec_augment_writes() -> None:
