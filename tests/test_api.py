@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES
 from torch import nn
 
 import probe
+from models import CASES
 from probe.callbacks import InputLoggerCallback, OutputLoggerCallback
 from probe.registry import REGISTRY
 

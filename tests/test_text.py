@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from models import CASES
 
+from models import CASES
 from probe.assemble.text import Decoder
 
 TOKENIZER = CASES["llama"].tokenizer()

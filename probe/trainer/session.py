@@ -152,7 +152,14 @@ class TrainerSession:
             self.close()
 
     def _training_step(self, wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run ``training_step``, armed if its step is sampled."""
+        """Run ``training_step``, armed if its step is sampled; publish what waits if it raises, for it may explain why."""
+        try:
+            return self._run_training_step(wrapped, args, kwargs)
+        except BaseException:
+            self.pause()
+            raise
+
+    def _run_training_step(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         step = self._trainer.state.global_step + 1
         if self._first is None:
             self._first = step

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES
-from models.running import assert_identical, run
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import probe
+from models import CASES
+from models.running import assert_identical, run
 from probe.callbacks import InputLoggerCallback
 from probe.capture.observers.attention import AttentionWatcher
 from probe.capture.observers.branches import BranchWatcher

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from models import CASES
-from models.running import run
 from torch import nn
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 import probe
+from models import CASES
+from models.running import run
 from probe.callbacks import (
     InputLoggerCallback,
     OutputLoggerCallback,
@@ -291,7 +291,7 @@ def test_model_and_trainer_copy_and_pickle_while_attached() -> None:
     assert list(pickle.loads(copies["pickled"]).state_dict()) == expected
     twin = copies["trainer"]
     last = p.last
-    twin.training_step(twin.model, {k: v for k, v in LLAMA.collate([LLAMA.dataset(2, 0)[i] for i in range(2)]).items()})
+    twin.training_step(twin.model, dict(LLAMA.collate([LLAMA.dataset(2, 0)[i] for i in range(2)]).items()))
     assert p.last is last
     assert hooks_of(copies["model"]) == 0
 
@@ -332,6 +332,26 @@ def test_a_training_that_fails_leaves_no_hook_and_can_be_run_again() -> None:
     trainer.train()
     assert steps(trainer.args.output_dir) == [1, 2]
     assert [record.inputs.micro_batches for record in probe.load(trainer.args.output_dir).records] == [1, 1]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_training_that_is_interrupted_still_publishes_the_step_before(every: int) -> None:
+    """A Ctrl-C or a crash in a step, sampled or not, does not cost the record that waited."""
+
+    class Interrupted(Trainer):
+        def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == 2:
+                raise KeyboardInterrupt
+            return super().compute_loss(*args, **kwargs)
+
+    model = LLAMA.build(0)
+    p = probe.attach(model, every=every)
+    args = LLAMA.arguments(max_steps=4, logging_steps=100)
+    trainer = Interrupted(model=model, args=args, train_dataset=LLAMA.dataset(8, 0), data_collator=LLAMA.collate)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert steps(args.output_dir) == [1, 2]
+    assert p.last.step == 2
 
 
 def test_the_buffer_is_read_by_the_users_own_callback() -> None:
