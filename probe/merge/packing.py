@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -37,16 +37,22 @@ def pack(totals: Totals, layout: Layout, *, device: torch.device) -> tuple[Tenso
         device: Where the collectives run.
 
     Returns:
-        float64 (sums + counts,) and float64 (maxima,) on ``device``. Cells that nothing was added to hold 0 and -inf. Does not wait.
+        float64 (sums + counts,) and float64 (maxima,) on ``device``. Cells that nothing was added to hold 0 and -inf. Does not wait,
+        unless sums of an accelerator are asked for on the CPU (as gloo needs them): then once for each of the two vectors.
+
+    Raises:
+        ValueError: if a cell holds another number of columns than the layout says; all-reduces of unequal size would hang the ranks.
     """
-    zeros = torch.zeros(max((len(cell.sums) for cell in layout.cells), default=0), dtype=torch.float64, device=device)
-    lows = torch.full((max((len(cell.maxima) for cell in layout.cells), default=0),), -torch.inf, dtype=torch.float64, device=device)
-    sums = [_wide(totals.sums[c.name], device) if c.name in totals.sums else zeros[: len(c.sums)] for c in layout.cells if c.sums]
-    maxima = [_wide(totals.maxima[c.name], device) if c.name in totals.maxima else lows[: len(c.maxima)] for c in layout.cells if c.maxima]
+    home = _home([*totals.sums.values(), *totals.maxima.values()], device)
+    empty = max((max(len(cell.sums), len(cell.maxima)) for cell in layout.cells), default=0)
+    zeros = torch.zeros(empty, dtype=torch.float64, device=home)
+    lows = torch.full((empty,), -torch.inf, dtype=torch.float64, device=home)
+    sums = [_columns(totals.sums.get(cell.name, zeros[: len(cell.sums)]), cell.name, len(cell.sums), home) for cell in layout.cells]
+    maxima = [_columns(totals.maxima.get(cell.name, lows[: len(cell.maxima)]), cell.name, len(cell.maxima), home) for cell in layout.cells]
     counts = torch.tensor([value for cell in layout.cells for value in totals.counts[cell.name]], dtype=torch.float64)
-    if device.type == "cuda":
-        counts = counts.pin_memory().to(device, non_blocking=True)  # from page-locked memory the copy does not wait
-    return torch.cat([*sums, counts]), torch.cat(maxima) if maxima else lows
+    if home.type == "cuda":
+        counts = counts.pin_memory()  # from page-locked memory the copy does not wait
+    return torch.cat([*sums, counts.to(home, non_blocking=True)]).to(device), torch.cat([lows[:0], *maxima]).to(device)
 
 
 class Transfer:
@@ -57,26 +63,44 @@ class Transfer:
         self._layout = layout
         self._facts, self._reasons = totals.facts, totals.reasons
         self._local = {key: tuple(tensor.shape) for key, tensor in totals.local.items()}
-        device = sums.device
+        parts = [sums, maxima, *totals.local.values()]
+        home = _home(parts, sums.device)
         with torch.no_grad():
-            parts = [sums, maxima, *(_wide(tensor, device).reshape(-1) for tensor in totals.local.values())]
+            self._packed = torch.cat([_wide(tensor, home).reshape(-1) for tensor in parts])
+        self._copied = None
+        if home.type == "cuda":
             # To the CPU without waiting, torch takes page-locked memory from its cache of such blocks.
-            self._packed = torch.cat(parts).to("cpu", non_blocking=True)
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
-        if self._copied is not None:
-            self._copied.record(torch.cuda.current_stream(device))
+            self._packed = self._packed.to("cpu", non_blocking=True)
+            self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call,unused-ignore]
+            self._copied.record(torch.cuda.current_stream(home))
 
     def result(self) -> HostStep:
-        """Return the numbers. Waits for the copy if it is still under way."""
+        """Return the numbers. Waits for the copy if it is still under way (on devices other than CUDA's it is made only now)."""
         if self._copied is not None:
             self._copied.synchronize()
         layout = self._layout
         ends = np.cumsum([layout.sums, layout.counts, layout.maxima])
-        sums, counts, maxima, rest = np.split(self._packed.numpy(), ends)
+        sums, counts, maxima, rest = np.split(self._packed.cpu().numpy(), ends)
         local = {}
         for key, shape in self._local.items():
             local[key], rest = rest[: prod(shape)].reshape(shape), rest[prod(shape) :]
         return HostStep(layout.values(sums, counts, maxima), local, self._facts, self._reasons)
+
+
+def _home(tensors: Iterable[Tensor], device: torch.device) -> torch.device:
+    """Return where tensors are put together: on ``device``, but never on the CPU what is on an accelerator.
+
+    A copy to the CPU that does not wait may be read before it has arrived; one that waits should be one copy, not one a cell.
+    """
+    if device.type != "cpu":
+        return device
+    return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), device)
+
+
+def _columns(tensor: Tensor, name: str, width: int, device: torch.device) -> Tensor:
+    if tuple(tensor.shape) != (width,):
+        raise ValueError(f"cell {name} has {width} columns and holds a tensor of shape {tuple(tensor.shape)}")
+    return _wide(tensor, device)
 
 
 def _wide(tensor: Tensor, device: torch.device) -> Tensor:
