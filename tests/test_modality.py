@@ -58,7 +58,8 @@ def test_tokens_from_ids_and_mask(dtype: torch.dtype) -> None:
 def test_tokens_without_a_mask_that_fits() -> None:
     """Without a mask of the ids' shape nothing is padding; without ids nothing is known; what only the batch holds counts too."""
     ids = random_ids(1)
-    for given in (micro(input_ids=ids), micro(input_ids=ids, attention_mask=torch.zeros(4, 1, 15, 15)), micro(batch={"input_ids": ids})):
+    masks = [torch.zeros(shape) for shape in ((4, 1, 15, 15), (4, 9), (1, 15))]
+    for given in (micro(input_ids=ids), micro(batch={"input_ids": ids}), *(micro(input_ids=ids, attention_mask=mask) for mask in masks)):
         codes = of_tokens(given, facts())
         assert codes is not None
         assert torch.equal(codes == AUDIO, (ids == AUDIO_ID) | (ids == DELAY_ID))
