@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -17,6 +18,7 @@ from probe.callbacks import (
 from probe.errors import AttachError, ProbeTypeError
 from probe.registry import REGISTRY
 from probe.settings import CompileMode, Options, Settings, SiteChoices, check_keep
+from probe.sites.choices import named_choices
 from probe.trainer.record_callback import RecordCallback
 from probe.trainer.wiring import is_switched_off, watch_trainers
 
@@ -62,6 +64,7 @@ def attach(
         hint = "; pass its .model instead" if isinstance(inner, nn.Module) else ""
         raise ProbeTypeError(f"attach(model): expected a torch.nn.Module, got {type(given).__name__}{hint}")
     options = Options(every, tokenizer, sites, check_keep(keep), budget_mib, compile, Settings() if settings is None else settings)
+    options = replace(options, sites=named_choices(model, options.sites))
     if is_switched_off():
         return Probe(model, options, callbacks=_four, enabled=False)
     known = REGISTRY.get(model)

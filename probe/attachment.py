@@ -115,7 +115,7 @@ class Probe:
 
     def begin(self, trainer: Any) -> None:
         """Observe a Trainer that begins training now. An error is said, and the training goes on unobserved."""
-        session = self._session()
+        session, model = self._session(), self._model()
         if session is not None:
             self._end(session)
         train_call = REGISTRY.next_train_call()
@@ -124,6 +124,7 @@ class Probe:
             session = TrainerSession(
                 trainer,
                 self.options,
+                attached=trainer.model if model is None else model,
                 train_call=train_call,
                 own_cadence=self._own_cadence,
                 missing=self._callbacks(self.options.every),
@@ -159,9 +160,7 @@ class Probe:
                 raise AttachError("p.step() on a probe that is not attached: call probe.attach(model) again")
             shows = [callback.section for callback in self._callbacks(self.options.every)]
             train_call = REGISTRY.next_train_call()
-            self._loop = LoopSession(
-                model, self.options, train_call=train_call, shows=shows, keep=self._keep, terminal=self._terminal
-            )
+            self._loop = LoopSession(model, self.options, train_call=train_call, shows=shows, keep=self._keep, terminal=self._terminal)
             self._sites = self._loop.observation.discovery.sites
             self.sightings.sessions += 1
         with self._loop.step():
@@ -207,4 +206,3 @@ class Probe:
         self.sightings.failures.append(reason)
         self._terminal.say(f"this training is not observed, because observing it failed at its begin: {reason}")
         agree(f"failed: {reason}", train_call=train_call)  # or the other ranks would wait for this one
-

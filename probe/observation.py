@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -31,8 +31,10 @@ from probe.merge.layout import make_layout
 from probe.merge.packing import Transfer, pack
 from probe.merge.ranks import agree
 from probe.records import StepRecord
-from probe.settings import Options
+from probe.settings import Options, Settings
+from probe.sites.choices import choices_below
 from probe.sites.discovery import Discovery, discover
+from probe.sites.names import module_names
 
 MIB = 1024 * 1024
 
@@ -58,6 +60,7 @@ class Observation:
         model: nn.Module,
         options: Options,
         *,
+        attached: nn.Module,
         around: nn.Module,
         processors: Sequence[Any],
         say: Callable[[str], None],
@@ -68,16 +71,19 @@ class Observation:
         Args:
             model: The root: what the Trainer trains, below DDP.
             options: What ``attach`` was asked for.
+            attached: What it was asked for on: the root or a module in it, below which the names in the options lie.
             around: What the Trainer calls: the root, or a wrapper round it.
             processors: Tokenizers, feature extractors or processors, best first: the first that decodes turns ids into text, the
                 first that extracts features tells the frame rate.
             say: Receives one line when something is switched off.
             train_call: Number of this ``train()`` call in the process, the same on every rank.
         """
-        self.discovery = discover(model, choices=options.sites)
+        prefix = module_names(model).find(attached) or ""
+        self.discovery = discover(model, choices=choices_below(prefix, options.sites))
         self.breaker = Breaker(say)
         self._model = model
-        self._observers = _observers(model, self.discovery, options, self.breaker)
+        keep = {name for kept in options.keep for name in (kept, f"{prefix}.{kept}")}
+        self._observers = _observers(model, self.discovery, keep, options.settings, self.breaker)
         step_cell = Cell("step", counts=("ranks", *(f"failed:{observer.name}" for observer in self._observers)))
         self._layout = make_layout([step_cell, *(cell for observer in self._observers for cell in observer.cells())])
         sites = {site.name: site for site in self.discovery.sites.sites}
@@ -159,12 +165,12 @@ class Observation:
         self.buffer.clear()
 
 
-def _observers(model: nn.Module, found: Discovery, options: Options, breaker: Breaker) -> list[Observer]:
+def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settings: Settings, breaker: Breaker) -> list[Observer]:
     """Return all observers: the one list that a new concern is added to."""
-    sites, settings = found.sites.sites, options.settings
+    sites = found.sites.sites
     return [
         InputWatcher(found.facts, keep_text=settings.keep_text),
-        StatisticsWatcher(sites, keep=options.keep),
+        StatisticsWatcher(sites, keep=keep),
         HeadWatcher(sites, found.facts, keep_text=settings.keep_text),
         AttentionWatcher(sites, found.facts, breaker, rows=settings.attention_rows),
         BranchWatcher(sites),
@@ -173,9 +179,7 @@ def _observers(model: nn.Module, found: Discovery, options: Options, breaker: Br
     ]
 
 
-def _context(
-    model: nn.Module, found: Discovery, options: Options, processors: Sequence[Any], say: Callable[[str], None]
-) -> RunContext:
+def _context(model: nn.Module, found: Discovery, options: Options, processors: Sequence[Any], say: Callable[[str], None]) -> RunContext:
     parts = tuple(PartFacts(p.name, p.elements, p.trainable) for p in parts_of(model, found.sites.sites, found.modules))
     reasons = {} if options.settings.keep_text else {"inputs/text": "token ids and text are left out by keep_text=False"}
     decoder = Decoder(processors, say)

@@ -260,8 +260,9 @@ class Conditioning:
 class Optimisation:
     """The loss, the learning rate and the gradient norm of one step.
 
-    ``loss`` is what ``training_step`` returned, summed over the micro-batches and averaged over ranks: the number that was
-    backpropagated. ``gradient_norm`` is before clipping, over all parameters that train.
+    ``loss`` is what ``training_step`` returned, summed over the micro-batches and averaged over ranks. It is the number that was
+    backpropagated, except in transformers 4.46, which with accumulation k returns a k-th of it. ``gradient_norm`` is before
+    clipping, over all parameters that train.
     """
 
     loss: float | None = None

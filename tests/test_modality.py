@@ -11,7 +11,7 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from probe.capture.microbatch import MicroBatch
 from probe.sites.facts import ModelFacts
-from probe.sites.modality import AUDIO, PADDING, TEXT, fold_frames, frame_modality, layer_modality, output_modality, sounding_frames
+from probe.sites.modality import AUDIO, PADDING, TEXT, fold_frames, output_modality, sounding_frames
 from probe.sites.modality import token_modality as of_tokens
 
 AUDIO_ID, DELAY_ID = 7, 9
@@ -126,32 +126,9 @@ def test_tokens_that_the_model_expanded(wrap: Any) -> None:
     assert output_modality(micro(None)) is None
 
 
-@pytest.mark.parametrize("form", ["2-D", "bool", "added", "opened"])
-def test_layer_arguments(form: str) -> None:
-    """A layer's bool masks named after audio tell audio; padding is read off its mask in every form, with left and right padding."""
-    audio = torch.rand(4, 15, generator=torch.Generator().manual_seed(8)) < 0.4
-    kept = lengths_mask([15, 8, 12, 1], 15)
-    kept[1] = kept[1].flip(0)
-    causal = torch.ones(15, 15).tril().bool() & kept[:, None, None]
-    if form == "opened":
-        causal = causal | ~causal.any(-1, keepdim=True)
-    added = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo().min)
-    mask = {"2-D": kept.long(), "bool": causal, "added": added, "opened": added}[form]
-    codes = layer_modality({"audio_token_mask": audio, "attention_mask": mask, "audio_attention_mask": ~audio}, 15)
-    assert codes is not None
-    assert torch.equal(codes, torch.where(~kept, PADDING, torch.where(audio, AUDIO, TEXT)).to(torch.int8))
-
-
-def test_layer_arguments_that_do_not_tell() -> None:
-    """Masks of another name, length, dtype or rank tell nothing; several audio masks add up; a mask that hides nothing is no padding."""
-    audio = torch.rand(4, 15, generator=torch.Generator().manual_seed(9)) < 0.4
-    more = torch.rand(4, 15, generator=torch.Generator().manual_seed(10)) < 0.4
-    for other in ({"mask": audio}, {"audio_out_mask": audio.long()}, {"audio_out_mask": audio[0]}, {"audio_out_mask": None}, {}):
-        assert layer_modality(other, 15) is None
-    assert layer_modality({"audio_out_mask": audio}, 14) is None
-    both = layer_modality({"audio_out_mask": audio, "audio_in_mask": more, "attention_mask": torch.zeros(4, 1, 15, 15)}, 15)
-    assert both is not None
-    assert torch.equal(both, torch.where(audio | more, AUDIO, TEXT).to(torch.int8))
+def frame_modality(given: MicroBatch, *, frames: int, clips: int) -> Tensor | None:
+    sounding = sounding_frames(given)
+    return None if sounding is None else fold_frames(sounding, frames=frames, clips=clips)
 
 
 def extract(seconds: list[float], *, scale: float = 0.1, mask: bool = False) -> dict[str, Tensor]:
@@ -250,6 +227,5 @@ def test_inputs_are_left_as_they_are() -> None:
     copies = [ids.clone(), mask.clone(), audio.clone()]
     of_tokens(micro(input_ids=ids, attention_mask=mask), facts())
     output_modality(micro({"expanded_input_ids": ids, "audio_in_mask": audio, "attention_mask": mask}))
-    layer_modality({"audio_out_mask": audio, "attention_mask": mask}, 15)
-    frame_modality(micro(feature_attention_mask=mask), frames=15, clips=4)
+    sounding_frames(micro(feature_attention_mask=mask))
     assert all(torch.equal(now, copy) for now, copy in zip((ids, mask, audio), copies))

@@ -10,7 +10,8 @@ from typing import Any
 from torch import nn
 
 from probe.errors import ProbeTypeError, SiteError
-from probe.sites.names import ModuleNames, canonical_name, class_name
+from probe.settings import SiteChoice, SiteChoices
+from probe.sites.names import ModuleNames, canonical_name, class_name, module_names
 
 CHOSEN = "chosen by the user"
 
@@ -30,8 +31,7 @@ def resolve_choice(names: ModuleNames, role: str, choice: Any, found: Iterable[t
         ProbeTypeError: a choice that is none of these.
     """
     chosen: dict[str, str] = {}
-    parts = list(choice) if isinstance(choice, Sequence) and not isinstance(choice, str) else [choice]
-    for part in parts:
+    for part in _parts(choice):
         if isinstance(part, nn.Module):
             chosen[_of_module(names, role, part)] = CHOSEN
         elif not isinstance(part, str):
@@ -42,6 +42,34 @@ def resolve_choice(names: ModuleNames, role: str, choice: Any, found: Iterable[t
         else:
             chosen.update((name, f"{CHOSEN}: {part!r}") for name in _of_pattern(names, role, part) if name not in chosen)
     return chosen
+
+
+def named_choices(model: nn.Module, choices: SiteChoices) -> SiteChoices:
+    """Return the same choices with every module replaced by its name in ``model``.
+
+    Names hold no module alive, and stay valid when PEFT exchanges the module.
+
+    Raises:
+        SiteError: a module that is not of this model (or is the root).
+    """
+    if isinstance(choices, str):
+        return choices
+    names = module_names(model)
+    return {
+        role: [_of_module(names, role, part) if isinstance(part, nn.Module) else part for part in _parts(choice)]
+        for role, choice in choices.items()
+    }
+
+
+def choices_below(prefix: str, choices: SiteChoices) -> SiteChoices:
+    """Return choices that were made for a module as choices for a model that holds this module under the name ``prefix``."""
+    if isinstance(choices, str) or not prefix:
+        return choices
+    return {role: [p if p == "auto" else f"{prefix}.{p}" for p in _parts(choice)] for role, choice in choices.items()}
+
+
+def _parts(choice: SiteChoice) -> list[Any]:
+    return list(choice) if isinstance(choice, Sequence) and not isinstance(choice, str) else [choice]
 
 
 def nearest(wanted: str, names: Iterable[str]) -> str:

@@ -8,8 +8,7 @@ Shapes: B batch, C clips, T audio frames, S tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -77,44 +76,6 @@ def output_modality(micro: MicroBatch) -> Tensor | None:
     return _hide(codes_BS, mask_BS if isinstance(mask_BS, Tensor) else None)
 
 
-def layer_modality(kwargs: Mapping[str, Any], length: int) -> Tensor | None:
-    """Return the modality of the tokens as a decoder layer's own arguments tell it, (B, S) int8.
-
-    Takes every bool mask (B, ``length``) named after audio (``audio_token_mask``, ``audio_out_mask``); ``None`` if there is none.
-    Padding is read off the layer's ``attention_mask``, where it got one. A layer may know less than the root's output: in the original
-    HiggsAudio the mask covers discrete codes only, and frames of the Whisper encoder count as text.
-    """
-    codes_BS: Tensor | None = None
-    for name, mask_BS in kwargs.items():
-        if "audio" not in name or "mask" not in name or "attention" in name or not isinstance(mask_BS, Tensor):
-            continue
-        if mask_BS.dtype != torch.bool or mask_BS.dim() != 2 or mask_BS.shape[1] != length:
-            continue
-        if codes_BS is None:
-            codes_BS = torch.full_like(mask_BS, TEXT, dtype=torch.int8)
-        if mask_BS.shape == codes_BS.shape:
-            codes_BS.masked_fill_(mask_BS, AUDIO)
-    mask = kwargs.get("attention_mask")
-    return codes_BS if codes_BS is None or not isinstance(mask, Tensor) else _hide(codes_BS, _real_tokens(mask))
-
-
-def _real_tokens(mask: Tensor) -> Tensor | None:
-    """Return the (B, S) tokens that are not padding, from a layer's mask: 2-D over keys, or 4-D (B, 1, S, S) bool or added.
-
-    A padded token does not see itself. Where a fully masked row was opened for a kernel that cannot bear one (left padding), it sees
-    itself and the very last key, which does not see it back.
-    """
-    if mask.dim() == 2:
-        return mask
-    if mask.dim() != 4 or mask.shape[2] != mask.shape[3] or mask.shape[2] == 0:
-        return None
-    sees_itself_BS, last_key_BS, last_row_BS = (
-        part if part.dtype == torch.bool else part > torch.finfo(part.dtype).min / 2
-        for part in (mask[:, 0].diagonal(dim1=1, dim2=2), mask[:, 0, :, -1], mask[:, 0, -1])
-    )
-    return sees_itself_BS & (last_row_BS | ~last_key_BS)
-
-
 def sounding_frames(micro: MicroBatch) -> Tensor | None:
     """Return which frames of the audio features are not padding, (C, T) bool; ``None`` without features or a mask of them.
 
@@ -151,12 +112,6 @@ def fold_frames(sounding_CT: Tensor, *, frames: int, clips: int) -> Tensor | Non
     if samples != clips or frames < 1 or length < frames or length % frames:
         return None
     return sounding_CT.reshape(samples, frames, length // frames).any(-1).to(torch.int8) * AUDIO
-
-
-def frame_modality(micro: MicroBatch, *, frames: int, clips: int) -> Tensor | None:
-    """Return the modality of the audio encoder's frames, (C, ``frames``) int8: :func:`sounding_frames`, folded."""
-    sounding_CT = sounding_frames(micro)
-    return None if sounding_CT is None else fold_frames(sounding_CT, frames=frames, clips=clips)
 
 
 def _before_end(real_BS: Tensor) -> Tensor:

@@ -41,7 +41,7 @@ class LoopSession:
         self._every = options.every
         self._step = 0
         self.observation = Observation(
-            model, options, around=model, processors=[options.tokenizer], say=terminal.say, train_call=train_call
+            model, options, attached=model, around=model, processors=[options.tokenizer], say=terminal.say, train_call=train_call
         )
         chief = self.observation.ranks.rank == 0
         folder = options.settings.run_folder if chief else None

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers.trainer_callback import TrainerState
 
 from probe.capture.arguments import shallow
@@ -47,6 +48,7 @@ class TrainerSession:
         trainer: Any,
         options: Options,
         *,
+        attached: nn.Module,
         train_call: int,
         own_cadence: bool,
         missing: Sequence[RecordCallback],
@@ -58,6 +60,7 @@ class TrainerSession:
         Args:
             trainer: The Trainer, about to train.
             options: What ``attach`` was asked for.
+            attached: What it was asked for on.
             train_call: Number of this call in the process.
             own_cadence: Whether ``options.every`` counts besides the callbacks' own cadences.
             missing: Callbacks to add for those kinds that the Trainer lacks.
@@ -78,6 +81,7 @@ class TrainerSession:
         self.observation = Observation(
             trainer.model,
             options,
+            attached=attached,
             around=outermost_module(trainer),
             processors=[options.tokenizer, *tokenizers, processing_class(trainer)],
             say=lambda message: terminal.say(rank + message),

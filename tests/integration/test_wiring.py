@@ -184,6 +184,32 @@ def test_a_plain_module_round_the_model_is_seen_through() -> None:
     assert {row.site for row in record.attention} == {"inner.model.layers.0.self_attn", "inner.model.layers.1.self_attn"}
 
 
+def test_names_chosen_for_the_attached_model_hold_inside_a_wrapper() -> None:
+    """sites= and keep= name modules below the model that was attached, whatever it sits in when training begins."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, **kwargs: Any) -> Any:
+            return self.inner(**kwargs)
+
+    model = LLAMA.build(0)
+    p = probe.attach(model, every=1, sites={"custom": ["model.norm", model.model.layers[0].mlp]}, keep={"model.norm"})
+    kept: list[Any] = []
+
+    class Read(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            kept.append(p.buffer["inner.model.norm"][0].tensor)
+
+    trainer = LLAMA.trainer(Wrapper(model), max_steps=1)
+    trainer.add_callback(Read())
+    trainer.train()
+    assert [site.name for site in p.sites.of("custom")] == ["inner.model.layers.0.mlp", "inner.model.norm"]
+    assert kept[0] is not None
+
+
 def test_model_init_with_a_callback() -> None:
     """With model_init the model that trains is made late: a callback finds it."""
     trainer = Trainer(
@@ -299,7 +325,7 @@ def test_model_and_trainer_copy_and_pickle_while_attached() -> None:
 def test_the_model_is_not_kept_alive() -> None:
     """When the user lets go of model and Trainer, both go, though nobody called detach."""
     model = LLAMA.build(0)
-    probe.attach(model, every=1)
+    probe.attach(model, every=1, sites={"custom": [model.model.norm]})
     trainer = LLAMA.trainer(model, max_steps=1)
     trainer.train()
     ghosts = [weakref.ref(model), weakref.ref(trainer)]
@@ -322,9 +348,7 @@ def test_a_training_that_fails_leaves_no_hook_and_can_be_run_again() -> None:
 
     model = LLAMA.build(0)
     probe.attach(model, every=1)
-    trainer = Failing(
-        model=model, args=LLAMA.arguments(max_steps=2), train_dataset=LLAMA.dataset(8, 0), data_collator=LLAMA.collate
-    )
+    trainer = Failing(model=model, args=LLAMA.arguments(max_steps=2), train_dataset=LLAMA.dataset(8, 0), data_collator=LLAMA.collate)
     with pytest.raises(ZeroDivisionError, match="the user's own"):
         trainer.train()
     assert hooks_of(model) == 0

@@ -108,7 +108,7 @@ class AttentionWatcher(Watcher):
             buffer.totals.omit(attention_cell(site.name), f"an empty call: {samples} samples, {queries} queries, {keys} keys")
             return
         query_BS, key_BK = self._modalities(site, micro, attention.shape)
-        choice = self._choice(query_BS, samples, queries, attention, micro)
+        choice = self._choice(query_BS, attention, micro, salt=buffer.step or 0)
         rows = attention.rows(choice.index_BR)
         buffer.totals.tell(attention_cell(site.name), (heads, keys, rows.how))
         if query_BS is None and key_BK is None and self._facts_come_later(site):
@@ -139,14 +139,15 @@ class AttentionWatcher(Watcher):
         """Tell whether the root's output may tell the modality of this layer's tokens."""
         return site.kind == "joint"
 
-    def _choice(self, query_BS: Tensor | None, samples: int, queries: int, attention: AttentionCall, micro: MicroBatch) -> RowChoice:
-        """Choose rows once for all layers whose queries are the same."""
+    def _choice(self, query_BS: Tensor | None, attention: AttentionCall, micro: MicroBatch, *, salt: int) -> RowChoice:
+        """Choose rows once for all layers whose queries are the same; other steps (``salt``) look at other rows."""
+        samples, _, queries, _ = attention.shape
         key = ("rows", id(query_BS), samples, queries)
         if key not in micro.scratch:
             some = attention.q_BHSD if attention.q_BHSD is not None else attention.weights_BHSK
             device = some.device if some is not None else torch.device("cpu")
-            known = None if query_BS is None else choose_rows(query_BS, rows=self._rows)
-            chosen = known or choose_all_valid(samples, queries, self._rows, device)
+            known = None if query_BS is None else choose_rows(query_BS, rows=self._rows, salt=salt)
+            chosen = known or choose_all_valid(samples, queries, self._rows, device, salt=salt)
             micro.scratch[key] = (chosen, query_BS)  # the tensor is kept so that its id stays its own
         choice: RowChoice = micro.scratch[key][0]
         return choice
