@@ -269,6 +269,45 @@ def test_is_cross_attention_is_believed() -> None:
     assert found(model)["layers.0.attn2"] == "cross"
 
 
+class ReadCrossAttention(HandWrittenAttention):
+    """Cross-attention by its class name."""
+
+
+def test_a_class_named_cross_attention_is_believed() -> None:
+    """The class name tells cross-attention where the attribute's name does not."""
+    model = Joined("attn")
+    model.layers[0].reader = ReadCrossAttention(("q_proj", "k_proj"))
+    assert found(model)["layers.0.reader"] == "cross"
+    assert found(model)["layers.0.attn"] == "decoder"
+
+
+class Recorder:
+    """The fields of transformers' OutputRecorder that matter."""
+
+    def __init__(self, layer_name: str) -> None:
+        self.target_class, self.layer_name, self.class_name = HandWrittenAttention, layer_name, None
+
+
+class Mapped(transformers.PreTrainedModel):
+    """A pretrained model whose own map is all that tells its cross-attention."""
+
+    config_class = transformers.PretrainedConfig
+    _can_record_outputs = {"attentions": Recorder("attn"), "cross_attentions": Recorder("reader")}  # noqa: RUF012
+
+    def __init__(self) -> None:
+        super().__init__(transformers.PretrainedConfig())
+        self.layers = nn.ModuleList([Layer("attn", "reader")])
+
+
+def test_the_models_own_map_tells_cross_attention() -> None:
+    """What the model's map calls a cross-attention is one, also where a user's module stands round the model."""
+    model = nn.Module()
+    model.inner = Mapped()
+    for prefix, each in (("", model.inner), ("inner.", model)):
+        assert found(each) == {f"{prefix}layers.0.attn": "decoder", f"{prefix}layers.0.reader": "cross"}
+        assert all("own map" in site.found_by for site in discover(each).sites.of("attention"))
+
+
 def test_vision_is_not_joint() -> None:
     """An image tower beside an audio tower attends over images: its layers are those of an encoder, not of the joint sequence."""
     if not hasattr(transformers, "CLIPVisionModel"):

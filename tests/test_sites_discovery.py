@@ -184,6 +184,29 @@ def test_a_head_as_wide_as_all_codebooks_is_of_audio(rows: int, head: tuple[str,
     assert (site.modality, site.codebooks) == head
 
 
+def test_a_head_as_wide_as_the_vocabulary_is_of_text() -> None:
+    """Where all codebooks together happen to be as many as words, the width tells nothing and the head is one of text."""
+    model = Headed("own", 40)
+    model.embed_tokens = nn.Embedding(40, 4)
+    (site,) = discover(model).sites.of("lm_head")
+    assert (site.modality, site.codebooks) == ("text", 0)
+
+
+@pytest.mark.parametrize(("sibling", "found"), [("decoder", ["proj_out"]), ("model", ["proj_out"]), ("blocks", [])])
+def test_proj_out_is_a_head_beside_the_model_that_feeds_it(sibling: str, found: list[str]) -> None:
+    """Whisper's head has a name that diffusion blocks use too: it counts only beside ``model`` or ``decoder``."""
+    model = Feed("proj_out", sibling)
+    assert names(discover(model), "lm_head") == found
+
+
+def test_heads_with_parts() -> None:
+    """A sequence of layers is a head; of a head of a class of its own only what the model itself returns is."""
+    model = Headed("own")
+    model.text_lm_head = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 50))
+    model.lm_head = Feed("dense", "decoder")
+    assert names(discover(model), "lm_head") == ["out", "text_lm_head"]
+
+
 def wav2vec2() -> transformers.Wav2Vec2Config:
     return transformers.Wav2Vec2Config(
         vocab_size=20,
