@@ -62,7 +62,10 @@ class Truth(TrainerCallback):
             labels = raw
         if self._case.shift:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        self._score("text", logits.flatten(0, 1), labels.flatten())
+        if logits.shape[:2] == labels.shape:
+            self._score("text", logits.flatten(0, 1), labels.flatten())
+        else:  # Qwen2Audio in transformers 4.46 expands the sequence and keeps the expanded labels to itself
+            self._add(not_scored=1)
         features = kwargs.get("audio_features", kwargs.get("input_features"))
         self._add(
             micro_batches=1,
