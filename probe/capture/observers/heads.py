@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ class _Scored:
     predicted: Tensor
     target: Tensor
     how: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """Logits whose labels the root's output may still bring; they are not kept alive."""
+
+    logits: weakref.ref[Tensor]
+    shape: torch.Size
 
 
 class HeadWatcher(Watcher):
@@ -71,13 +80,15 @@ class HeadWatcher(Watcher):
             return
         logits = main_tensor(call.output)
         if logits is not None:
-            call.micro.scratch[head_cell(call.site.name)] = self._score(call.site, logits.detach(), call.micro) or weakref.ref(logits)
+            scored = self._score(call.site, logits.detach(), call.micro)
+            call.micro.scratch[head_cell(call.site.name)] = scored or _Waiting(weakref.ref(logits), logits.shape)
 
     def _commit(self, micro: MicroBatch, buffer: StepBuffer) -> None:
         for name, site in self._heads.items():
             found = micro.scratch.pop(head_cell(name), None)
-            if isinstance(found, weakref.ref):
-                logits = found()
+            if isinstance(found, _Waiting):
+                logits = found.logits()
+                logits = _returned(micro.output, found.shape) if logits is None else logits
                 if logits is None:
                     found = NotAligned("the model freed the logits before its output told the labels", later=False)
                 else:
@@ -113,3 +124,10 @@ class HeadWatcher(Watcher):
         if micro.index == 0 and self._keep_text and buffer.reserve(f"head:{site.name}:tokens", 16 * scored.predicted.numel()):
             totals.put(f"predicted:{site.name}", scored.predicted)
             totals.put(f"target:{site.name}", scored.target)
+
+
+def _returned(output: Any, shape: torch.Size) -> Tensor | None:
+    """Return the only logits of this shape in the root's output: under autocast it holds copies in float32, and the head's own are gone."""
+    fields = output.items() if isinstance(output, Mapping) else vars(output).items() if hasattr(output, "__dict__") else ()
+    found = [value for name, value in fields if "logits" in str(name) and isinstance(value, Tensor) and value.shape == shape]
+    return found[0] if len(found) == 1 else None
