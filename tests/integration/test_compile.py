@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from models import CASES
-from models.running import run
+from torch import Tensor
+from torch.nn import functional
 
 import probe
+from models import CASES
+from models.running import run
 from probe.registry import REGISTRY
 
-LLAMA = CASES["llama"]
-COMPILED = {"torch_compile": True, "torch_compile_backend": "aot_eager"}
+WIDTH = 40
+
+
+def of_one_shape(samples: Any) -> dict[str, Tensor]:
+    """Pad every batch to the same width, so that one graph serves all steps and a recompile can only be the probe's."""
+    batch = CASES["llama"].collate(samples)
+    fill = {"input_ids": CASES["llama"].tokenizer().pad_token_id, "attention_mask": 0, "labels": -100}
+    return {name: functional.pad(tensor, (0, WIDTH - tensor.shape[1]), value=fill[name]) for name, tensor in batch.items()}
+
+
+LLAMA = replace(CASES["llama"], collate=of_one_shape)
+COMPILED = {"torch_compile": True, "torch_compile_backend": "eager"}
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +84,7 @@ def test_regional_compile_is_seen_too() -> None:
 
     def attach(model: Any) -> Any:
         for layer in model.model.layers:
-            layer.compile(backend="aot_eager")
+            layer.compile(backend="eager")
         return probe.attach(model, every=2)
 
     observed = run(LLAMA, attach=attach, max_steps=4)
