@@ -185,12 +185,28 @@ def test_placeholders_and_frames_that_do_not_match() -> None:
     found = aligned(logits, audio(3), JOINED, {"audio_labels": labels, "audio_input_ids_mask": mask, "input_ids": ids})
     assert isinstance(found, Aligned)
     assert found.labels.tolist() == [[[0, 1, 2], ignored, [6, 7, 8], ignored], [ignored] * 4]
+    mask = torch.tensor([[1, 0, 1, 0]])
+    square = torch.arange(12).view(1, 4, 3)  # as many frames as positions: what the mask says still holds
+    found = aligned(logits[:1], audio(3), JOINED, {"audio_labels": square, "audio_input_ids_mask": mask, "input_ids": ids[:1]})
+    assert isinstance(found, Aligned)
+    assert found.labels.tolist() == [[[0, 1, 2], ignored, [6, 7, 8], ignored]]
+    found = aligned(logits, audio(3), JOINED, {"audio_labels": labels, "audio_input_ids_mask": mask, "input_ids": ids})
+    assert isinstance(found, NotAligned)
     found = aligned(logits, audio(3), JOINED, {"audio_labels": labels, "input_ids": ids.clamp(max=2)})
     assert isinstance(found, Aligned)
     assert (found.labels == -100).all()
     found = aligned(logits, audio(3), JOINED, {"audio_labels": labels[:, :0], "input_ids": ids})
     assert isinstance(found, Aligned)
     assert (found.labels == -100).all()
+
+
+def test_as_many_samples_as_codebooks() -> None:
+    """A batch of as many samples as there are codebooks is not taken for labels by codebook."""
+    torch.manual_seed(7)
+    ids, labels = torch.tensor([[7, 7, 1, 1]] * 3), torch.randint(0, 11, (3, 2, 3))
+    found = aligned(torch.randn(3, 4, 33), audio(3), JOINED, {"audio_labels": labels, "input_ids": ids})
+    assert isinstance(found, Aligned)
+    assert torch.equal(found.labels[:, :2], labels)
 
 
 def test_labels_that_never_reached_the_forward() -> None:
@@ -238,6 +254,9 @@ def test_lengths_that_do_not_match(keep: Any) -> None:
     assert "(2, 4, 11)" in found.reason
     assert ("logits_to_keep" in found.reason) == (keep is not None)
     assert not isinstance(aligned(torch.randn(2, 4, 11), TEXT, CAUSAL, {"labels": torch.zeros(3, 4, dtype=torch.int64)}), Aligned)
+    for shape in ((3, 9), (2, 3)):
+        other = {"labels": torch.zeros(shape, dtype=torch.int64), "logits_to_keep": 4}
+        assert not isinstance(aligned(torch.randn(2, 4, 11), TEXT, CAUSAL, other), Aligned)
 
 
 def test_expanded_labels_win() -> None:
@@ -272,7 +291,7 @@ def test_nothing_found() -> None:
 
 @pytest.mark.parametrize(
     ("logits", "labels"),
-    [((9, 33), (3, 8)), ((9, 32), (3, 9)), ((2, 4, 33), (3, 9)), ((2, 4, 33), (2, 3, 3)), ((9, 33), (9,)), ((33,), (9,))],
+    [((9, 33), (3, 8)), ((9, 32), (3, 9)), ((2, 4, 33), (3, 9)), ((2, 4, 33), (2, 3, 3)), ((9, 33), (9,)), ((33,), (9,)), ((33,), (3, 9))],
 )
 def test_audio_that_does_not_match(logits: tuple[int, ...], labels: tuple[int, ...]) -> None:
     """Audio labels that do not lie over the logits are named with both shapes, and nothing breaks."""
@@ -282,9 +301,31 @@ def test_audio_that_does_not_match(logits: tuple[int, ...], labels: tuple[int, .
         assert str(logits) in found.reason
 
 
-def test_single_position() -> None:
-    """One position predicts nothing after a shift: no rows, no crash."""
-    found = aligned(torch.randn(2, 1, 11), TEXT, CAUSAL, {"labels": torch.zeros(2, 1, dtype=torch.int64)})
+def test_unknown_placeholders() -> None:
+    """Frames cannot be laid over placeholders that the config does not name: said, not scored as nothing."""
+    inputs = {"audio_labels": torch.zeros(2, 5, 3, dtype=torch.int64), "input_ids": torch.full((2, 9), 7)}
+    found = aligned(torch.randn(2, 9, 33), audio(3), replace(CAUSAL, audio_placeholders=()), inputs)
+    assert isinstance(found, NotAligned)
+
+
+def test_masks_of_another_shape() -> None:
+    """A mask that does not lie over the labels (four dimensions, or none at all) hides none of them."""
+    labels = torch.zeros(2, 6, dtype=torch.int64)
+    for mask in (torch.zeros(2, 1, 6, 6), torch.zeros(2, 9), None):
+        found = aligned(torch.randn(2, 6, 11), TEXT, replace(CAUSAL, model_type="qwen2_audio"), {"labels": labels, "attention_mask": mask})
+        assert isinstance(found, Aligned)
+        assert (found.labels == 0).all()
+
+
+def test_soft_labels_are_no_token_ids() -> None:
+    """Floating-point labels are not taken for ids."""
+    assert isinstance(aligned(torch.randn(2, 6, 11), TEXT, CAUSAL, {"labels": torch.zeros(2, 6)}), NotAligned)
+
+
+@pytest.mark.parametrize("positions", [0, 1])
+def test_single_position(positions: int) -> None:
+    """One position, or none, predicts nothing after a shift: no rows, no crash."""
+    found = aligned(torch.randn(2, positions, 11), TEXT, CAUSAL, {"labels": torch.zeros(2, positions, dtype=torch.int64)})
     assert isinstance(found, Aligned)
     assert found.labels.shape == (2, 0)
     assert found.logits.shape == (2, 0, 11)
