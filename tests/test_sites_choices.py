@@ -41,7 +41,7 @@ def test_modules_are_taken_as_they_are(whisper: nn.Module) -> None:
 def test_auto_in_a_list_keeps_what_was_found(whisper: nn.Module) -> None:
     """ "auto" stands for the rules' sites, which keep the rule that found them; other roles are untouched."""
     plain = discover(whisper)
-    found = discover(whisper, choices={"lm_head": ["auto", "model.decoder.layer_norm"]})
+    found = discover(whisper, choices={"lm_head": ["auto", "model.decoder.layer_norm", "proj_*"]})
     assert names(found, "lm_head") == ["model.decoder.layer_norm", "proj_out"]
     assert found.sites["proj_out"] == plain.sites["proj_out"]
     assert names(found, "attention") == names(plain, "attention")
