@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainerCallback
 
 import models
@@ -223,6 +224,39 @@ def test_root_that_calls_itself() -> None:
     observed.detach()
 
 
+def test_root_that_calls_itself_without_gradients() -> None:
+    """A root that looks at itself without gradients midway is still the same micro-batch when it goes on."""
+    model = Recursive()
+    observed = probe.attach(model, every=1, sites={"custom": ["inner"]}, settings=probe.Settings(terminal=False))
+    with observed.step():
+        model(torch.randn(2, 4), glance=True).sum().backward()
+        assert len(observed.buffer.micro_batches) == 1
+        assert len(observed.buffer["inner"]) == 2
+    observed.detach()
+
+
+def test_checkpointed_root() -> None:
+    """A root that runs again as a whole in the backward, because the user checkpoints it, is one micro-batch."""
+    model = Stack(nn.Linear(4, 4), nn.Linear(4, 4))
+    observed = probe.attach(model, every=1, sites={"custom": ["layers.0"]}, settings=probe.Settings(terminal=False))
+    with observed.step():
+        checkpoint(model, torch.randn(2, 4), use_reentrant=False).sum().backward()
+        assert len(observed.buffer.micro_batches) == 1
+        assert len(observed.buffer["layers.0"]) == 1
+    observed.detach()
+
+
+def test_recompute_inside_the_forward() -> None:
+    """A model that takes a gradient inside its own forward (a penalty) runs a checkpointed layer again there; that is no capture."""
+    model = Penalised()
+    observed = probe.attach(model, every=1, sites={"custom": ["inner"]}, settings=probe.Settings(terminal=False))
+    with observed.step():
+        model(torch.randn(2, 4)).backward()
+        assert model.calls == 2
+        assert len(observed.buffer["inner"]) == 1
+    observed.detach()
+
+
 def test_two_threads_in_one_step() -> None:
     """Threads that run the same model at once, as nn.DataParallel does: the first to enter is observed, and the record names the rest."""
     entered, meet = threading.Barrier(2, timeout=20), threading.Barrier(2, timeout=20)
@@ -318,10 +352,33 @@ class Recursive(nn.Module):
         super().__init__()
         self.inner = nn.Linear(4, 4)
 
-    def forward(self, x: Tensor, again: bool = False) -> Tensor:
+    def forward(self, x: Tensor, again: bool = False, glance: bool = False) -> Tensor:
         """Return (N, 4)."""
+        if glance:
+            with torch.no_grad():
+                self(x)
         x = self.inner(x)
         return self(x) if again else x
+
+
+class Penalised(nn.Module):
+    """Adds the gradient of a checkpointed layer to its loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the loss."""
+        x = x.requires_grad_()
+        y = checkpoint(self._run, x, use_reentrant=False).square().sum()
+        (gradient,) = torch.autograd.grad(y, x, retain_graph=False)
+        return (self.inner.weight * 2.0).sum() + gradient.sum()
+
+    def _run(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.inner(x)
 
 
 class Meeting(nn.Module):
