@@ -13,7 +13,7 @@ from torch import nn
 
 from probe.capture.buffer import StepBuffer
 from probe.errors import AttachError
-from probe.merge.ranks import agree
+from probe.merge.ranks import FAILED, agree
 from probe.records import StepRecord
 from probe.registry import REGISTRY
 from probe.settings import Options
@@ -118,21 +118,19 @@ class Probe:
         session, model = self._session(), self._model()
         if session is not None:
             self._end(session)
-        train_call = REGISTRY.next_train_call()
         self.sightings.sessions += 1
         try:
             session = TrainerSession(
                 trainer,
                 self.options,
                 attached=trainer.model if model is None else model,
-                train_call=train_call,
                 own_cadence=self._own_cadence,
                 missing=self._callbacks(self.options.every),
                 keep=self._keep,
                 terminal=self._terminal,
             )
         except Exception as error:
-            self._failed(error, train_call)
+            self._failed(error)
             return
         self._sites = session.observation.discovery.sites
         self._trainer_session = weakref.ref(session)
@@ -159,8 +157,7 @@ class Probe:
             if model is None or REGISTRY.get(model) is not self:
                 raise AttachError("p.step() on a probe that is not attached: call probe.attach(model) again")
             shows = [callback.section for callback in self._callbacks(self.options.every)]
-            train_call = REGISTRY.next_train_call()
-            self._loop = LoopSession(model, self.options, train_call=train_call, shows=shows, keep=self._keep, terminal=self._terminal)
+            self._loop = LoopSession(model, self.options, shows=shows, keep=self._keep, terminal=self._terminal)
             self._sites = self._loop.observation.discovery.sites
             self.sightings.sessions += 1
         with self._loop.step():
@@ -201,8 +198,8 @@ class Probe:
         self.sightings.steps += 1
         self.sightings.forwards = self.sightings.forwards or bool(record.inputs and record.inputs.micro_batches)
 
-    def _failed(self, error: Exception, train_call: int) -> None:
+    def _failed(self, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
         self.sightings.failures.append(reason)
         self._terminal.say(f"this training is not observed, because observing it failed at its begin: {reason}")
-        agree(f"failed: {reason}", train_call=train_call)  # or the other ranks would wait for this one
+        agree(f"{FAILED}{reason}")  # or the other ranks would wait for this one

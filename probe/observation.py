@@ -29,7 +29,7 @@ from probe.capture.totals import Totals
 from probe.capture.window import Window
 from probe.merge.layout import make_layout
 from probe.merge.packing import Transfer, pack
-from probe.merge.ranks import agree
+from probe.merge.ranks import agree, here
 from probe.records import StepRecord
 from probe.settings import Options, Settings
 from probe.sites.choices import choices_below
@@ -64,7 +64,6 @@ class Observation:
         around: nn.Module,
         processors: Sequence[Any],
         say: Callable[[str], None],
-        train_call: int,
     ) -> None:
         """Find the sites and make the observers; no hook is registered yet.
 
@@ -76,7 +75,6 @@ class Observation:
             processors: Tokenizers, feature extractors or processors, best first: the first that decodes turns ids into text, the
                 first that extracts features tells the frame rate.
             say: Receives one line when something is switched off.
-            train_call: Number of this ``train()`` call in the process, the same on every rank.
         """
         prefix = module_names(model).find(attached) or ""
         self.discovery = discover(model, choices=choices_below(prefix, options.sites))
@@ -84,18 +82,25 @@ class Observation:
         self._model = model
         keep = {name for kept in options.keep for name in (kept, f"{prefix}.{kept}")}
         self._observers = _observers(model, self.discovery, keep, options.settings, self.breaker)
-        step_cell = Cell("step", counts=("ranks", *(f"failed:{observer.name}" for observer in self._observers)))
+        self._parts = [*(observer.name for observer in self._observers), "packing"]
+        step_cell = Cell("step", counts=("ranks", *(f"failed:{part}" for part in self._parts)))
         self._layout = make_layout([step_cell, *(cell for observer in self._observers for cell in observer.cells())])
         sites = {site.name: site for site in self.discovery.sites.sites}
         self._hooks = HookSet(self.discovery.modules, sites, self._observers, self.breaker)
         flex = any(getattr(getattr(m, "config", None), "_attn_implementation", "") == "flex_attention" for m in model.modules())
         self.window = Window(self._hooks, self.breaker, around=around, compile_mode=options.compile, flex=flex)
         self.buffer = StepBuffer(budget_bytes=int(options.budget_mib * MIB), sites=tuple(sites), cells=self._layout.cells)
-        run = _context(model, self.discovery, options, processors, say)
-        # Last, because nothing may fail between the ranks' agreement and the steps that rely on it.
-        self.ranks = agree(self._layout.fingerprint(), train_call=train_call)
+        self._run = _context(model, self.discovery, options, processors, say)
+        self.ranks = here()
+
+    def join(self, every: Collection[int]) -> None:
+        """Agree with the other ranks on what is observed, and on the steps that these cadences sample. May wait for them.
+
+        Called when nothing can fail any more before the first step: ranks that have agreed wait for each other in every sampled step.
+        """
+        self.ranks = agree(self._layout.fingerprint(), every=every)
         alone = {"ranks": self.ranks.reason} if self.ranks.reason else {}
-        self._run = replace(run, world=self.ranks.world, reasons={**run.reasons, **alone})
+        self._run = replace(self._run, world=self.ranks.world, reasons={**self._run.reasons, **alone})
 
     @contextmanager
     def micro_batch(self, step: int, batch: Mapping[str, Any]) -> Iterator[None]:
@@ -136,13 +141,17 @@ class Observation:
         step, totals = self.buffer.step, self.buffer.totals
         if step is None:
             return None
-        failed = [float(self.breaker.is_off(observer.name)) for observer in self._observers]
+        failed = [float(self.breaker.is_off(part)) for part in self._parts]
         totals.add("step", counts=[1.0, *failed])
         device = self.ranks.device(next((p.device for p in self._model.parameters()), torch.device("cpu")))
         packed = None
         with self.breaker.guard("packing"):
             packed = pack(totals, self._layout, device=device)
-        sums, maxima = packed if packed is not None else pack(Totals(self._layout.cells), self._layout, device=device)
+        if packed is None:
+            nothing = Totals(self._layout.cells)
+            nothing.add("step", counts=[0.0, *failed[:-1], 1.0])  # this rank's numbers are not in, and the others are told why
+            packed = pack(nothing, self._layout, device=device)
+        sums, maxima = packed
         if self.ranks.world > 1 and self.ranks.merged:
             self.ranks.reduce(sums, maxima)
         return Measured(step, Transfer(totals, self._layout, sums, maxima), self.buffer.kept())
@@ -153,10 +162,10 @@ class Observation:
         A part that failed on any rank is switched off on this one too: the merged record says so to all of them alike.
         """
         host = measured.transfer.result()
-        for observer in self._observers:
-            ranks = host.cells["step"].counts[f"failed:{observer.name}"]
-            if ranks and not self.breaker.is_off(observer.name):
-                self.breaker.failures[observer.name] = f"switched off after an error on {int(ranks)} other ranks"
+        for part in self._parts:
+            ranks = host.cells["step"].counts[f"failed:{part}"]
+            if ranks and not self.breaker.is_off(part):
+                self.breaker.failures[part] = f"switched off after an error on {int(ranks)} other ranks"
         return assemble(measured.step, host, self._run, failures=self.breaker.failures)
 
     def close(self) -> None:

@@ -19,7 +19,6 @@ class Registry:
         """Start empty; nothing is patched."""
         self._probes: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
         self._undo: Callable[[], None] | None = None
-        self._train_calls = 0
 
     def add(self, model: nn.Module, probe: Probe, *, patch: Callable[[], Callable[[], None]]) -> None:
         """Enter a probe; with the first one ``patch`` is called, and what it returns when the last one is gone."""
@@ -54,11 +53,6 @@ class Registry:
         if self._undo is not None and not any(True for _ in self._probes.keys()):  # noqa: SIM118  (len counts dead keys, too)
             self._undo()
             self._undo = None
-
-    def next_train_call(self) -> int:
-        """Number the ``train()`` calls that are observed in this process, from 1."""
-        self._train_calls += 1
-        return self._train_calls
 
 
 REGISTRY = Registry()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from probe.assemble.draft import Draft, ratio
@@ -10,6 +9,7 @@ from probe.capture.cells import CellValues
 from probe.capture.observers.heads import head_cell
 from probe.capture.observers.statistics import spread_cell, statistics_cell
 from probe.measure.heads import COLUMNS as SCORES
+from probe.measure.spread import standard_deviation
 from probe.measure.statistics import finish
 from probe.records import Accuracy, Head, Modality, Site, SiteStatistics
 
@@ -57,9 +57,9 @@ def _site(draft: Draft, site: Site) -> SiteStatistics:
 def _spread(values: CellValues | None) -> tuple[float | None, float | None]:
     if values is None:
         return None, None
-    time = ratio(values.sums["time_variance"], values.counts["time_rows"])
-    batch = ratio(values.sums["batch_variance"], values.counts["batch_rows"])
-    return tuple(None if v is None or not math.isfinite(v) else math.sqrt(v) for v in (time, batch))  # type: ignore[return-value]
+    time = standard_deviation(values.sums["time_variance"], values.counts["time_rows"])
+    batch = standard_deviation(values.sums["batch_variance"], values.counts["batch_rows"])
+    return time, batch
 
 
 def heads(draft: Draft, found: Sequence[SiteStatistics]) -> tuple[Head, ...]:

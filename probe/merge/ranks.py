@@ -64,7 +64,14 @@ class Ranks:
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
 
 
-def agree(fingerprint: str, *, every: Collection[int] = (), train_call: int = 0, patience: timedelta | None = None) -> Ranks:
+def here() -> Ranks:
+    """Return this process among the others, before they have agreed on anything."""
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return Ranks()
+    return Ranks(dist.get_rank(), dist.get_world_size(), False, "the ranks have not agreed yet")
+
+
+def agree(fingerprint: str, *, every: Collection[int] = (), patience: timedelta | None = None) -> Ranks:
     """Find out whether every rank watches the same cells in the same steps. Waits for the slowest rank. Never raises.
 
     Rank 0 collects what the others say and settles one decision for all of them.
@@ -72,15 +79,15 @@ def agree(fingerprint: str, *, every: Collection[int] = (), train_call: int = 0,
     Args:
         fingerprint: Digest of this rank's layout, or :data:`FAILED` and the reason why this rank observes nothing.
         every: The cadences whose union says which steps are sampled.
-        train_call: Not used: the store counts the agreements.
         patience: How long rank 0 waits for the others; the others wait twice as long for its decision. Default: 30 s.
 
     Returns:
         This rank's place, and whether sums are merged: the same answer on every rank that took part.
     """
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-        return Ranks()
-    rank, world = dist.get_rank(), dist.get_world_size()
+    alone = here()
+    if alone.merged:
+        return alone
+    rank, world = alone.rank, alone.world
     said = json.dumps([fingerprint, sorted(every)])
     try:
         reason = _settle(default_store(), rank, world, said, _PATIENCE if patience is None else patience)

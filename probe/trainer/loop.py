@@ -32,7 +32,6 @@ class LoopSession:
         model: nn.Module,
         options: Options,
         *,
-        train_call: int,
         shows: Sequence[Show],
         keep: Callable[[StepRecord], None],
         terminal: TerminalSink,
@@ -40,9 +39,7 @@ class LoopSession:
         """Find the sites; see :class:`probe.trainer.session.TrainerSession` for the arguments. ``shows`` give the sections."""
         self._every = options.every
         self._step = 0
-        self.observation = Observation(
-            model, options, attached=model, around=model, processors=[options.tokenizer], say=terminal.say, train_call=train_call
-        )
+        self.observation = Observation(model, options, attached=model, around=model, processors=[options.tokenizer], say=terminal.say)
         chief = self.observation.ranks.rank == 0
         folder = options.settings.run_folder if chief else None
         self._publisher = Publisher(
@@ -53,6 +50,7 @@ class LoopSession:
             keep=keep,
             write_kept=options.settings.write_kept,
         )
+        self.observation.join((options.every,))
 
     @property
     def forwards_seen(self) -> bool:

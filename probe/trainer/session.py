@@ -49,7 +49,6 @@ class TrainerSession:
         options: Options,
         *,
         attached: nn.Module,
-        train_call: int,
         own_cadence: bool,
         missing: Sequence[RecordCallback],
         keep: Callable[[StepRecord], None],
@@ -61,7 +60,6 @@ class TrainerSession:
             trainer: The Trainer, about to train.
             options: What ``attach`` was asked for.
             attached: What it was asked for on.
-            train_call: Number of this call in the process.
             own_cadence: Whether ``options.every`` counts besides the callbacks' own cadences.
             missing: Callbacks to add for those kinds that the Trainer lacks.
             keep: Takes each published record.
@@ -85,7 +83,6 @@ class TrainerSession:
             around=outermost_module(trainer),
             processors=[options.tokenizer, *tokenizers, processing_class(trainer)],
             say=lambda message: terminal.say(rank + message),
-            train_call=train_call,
         )
         folder = Path(options.settings.run_folder or Path(trainer.args.output_dir) / RUN_FOLDER)
         self._publisher = Publisher(
@@ -98,7 +95,12 @@ class TrainerSession:
         )
         if chief and self.observation.window.compiled and not self.observation.window.closed:
             terminal.say(_EAGER)
-        self._wire(added)
+        try:
+            self._wire(added)
+        except BaseException:
+            self._unwire()
+            raise
+        self.observation.join(self._cadences)
 
     def _wire(self, added: Sequence[RecordCallback]) -> None:
         conductor = Conductor(self)
@@ -109,6 +111,10 @@ class TrainerSession:
             self._undo.append(lambda callback=callback: remove_callback(self._handler, callback))  # type: ignore[misc]
         self._undo.append(wrap_instance_method(self._trainer, "training_step", self._training_step))
 
+    def _unwire(self) -> None:
+        while self._undo:
+            self._undo.pop()()
+
     @property
     def trainer(self) -> Any:
         """The Trainer."""
@@ -118,8 +124,7 @@ class TrainerSession:
         """Publish what waits, and leave Trainer and model as they were. May be called twice."""
         self._publisher.publish()
         self.observation.close()
-        while self._undo:
-            self._undo.pop()()
+        self._unwire()
 
     def step_begins(self) -> None:
         """Let go of the last step's inputs and captures."""

@@ -292,7 +292,11 @@ def pretend_autocast_knows_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let questions about autocast on the meta device be answered; torch raises there."""
     enabled, autocast = torch.is_autocast_enabled, torch.autocast
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": device != "meta" and enabled(device))
-    monkeypatch.setattr(torch, "autocast", lambda device, *args, **kwargs: autocast("cpu" if device == "meta" else device, *args, **kwargs))
+
+    def known(device_type: str, *args: Any, **kwargs: Any) -> Any:
+        return autocast("cpu" if device_type == "meta" else device_type, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "autocast", known)
 
 
 def with_callback(case: Case, callback: type[TrainerCallback]) -> type[Trainer]:

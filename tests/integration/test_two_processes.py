@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 WORKER = Path(__file__).parent / "workers" / "two_ranks.py"
 ALONE = "each rank has its own numbers only"
 MERGED = ["whisper", "accumulation", "original", "no_clips", "no_audio"]
-APART = ["rank_0_only", "rank_1_only", "other_sites", "failing_begin"]
+APART = ["rank_0_only", "rank_1_only", "other_sites", "other_cadence", "failing_begin"]
 
 pytestmark = [
     pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo"),
@@ -233,13 +233,15 @@ def test_training_of_ranks_apart_is_untouched(apart: Launch, scenario: str) -> N
         ("rank_0_only", (0,), "rank 1 did not begin training with a probe within 0.7 s"),
         ("rank_1_only", (1,), "rank 0 did not begin training with a probe within 1.4 s"),
         ("other_sites", (0, 1), "ranks [1] watch other sites than rank 0"),
+        ("other_cadence", (0, 1), "ranks [1] sample other steps than rank 0 (every [2])"),
         ("failing_begin", (0,), "the probe of rank 1 failed: RuntimeError: planted in begin"),
     ],
 )
 def test_ranks_apart_keep_their_own_numbers(apart: Launch, scenario: str, observing: tuple[int, ...], reason: str) -> None:
     """Ranks that do not agree have records of their own, with the reason; a rank that does not observe has none."""
     for rank, report in enumerate(apart.both(scenario)):
-        assert [record["step"] for record in report["records"]] == ([1, 2] if rank in observing else [])
+        sampled = ([1, 3] if rank else [1, 2, 4]) if scenario == "other_cadence" else [1, 2]
+        assert [record["step"] for record in report["records"]] == (sampled if rank in observing else [])
         for record in report["records"]:
             truth = report["truth"][str(record["step"])]
             assert record["ranks"] == 1
@@ -266,6 +268,7 @@ def test_a_part_that_fails_on_one_rank_is_off_on_both(apart: Launch) -> None:
         assert [record["step"] for record in report["records"]] == [1, 2, 3, 4]
         assert "heads" not in report["records"][0]["not_measured"]
         assert all(record["not_measured"]["heads"].startswith(reason) for record in report["records"][1:])
+        assert ["probe/text/loss" in record["metrics"] for record in report["records"]] == [True, True, False, False]
         assert set(report["collectives"].values()) == {2}
         assert all(record["ranks"] == 2 for record in report["records"])
     assert [r["metrics"] for r in first["records"]] == [r["metrics"] for r in second["records"]]

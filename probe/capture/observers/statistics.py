@@ -8,12 +8,11 @@ from fnmatch import fnmatchcase
 from probe.capture.buffer import StepBuffer
 from probe.capture.cells import Cell
 from probe.capture.observer import Call, Watcher, main_tensor
+from probe.measure.spread import COLUMNS_COUNTS as SPREAD_COUNTS
+from probe.measure.spread import COLUMNS_SUMS as SPREAD_SUMS
 from probe.measure.spread import spread
 from probe.measure.statistics import COLUMNS_MAXIMA, COLUMNS_SUMS, summarise
 from probe.records import Site
-
-SPREAD_SUMS = ("time_variance", "batch_variance")
-SPREAD_COUNTS = ("time_rows", "batch_rows")
 
 
 def statistics_cell(site: str) -> str:
@@ -59,7 +58,5 @@ class StatisticsWatcher(Watcher):
             if call.site.role == "audio_encoder" and output.dim() in (2, 3) and output.numel():
                 variances, rows = spread(output)
                 buffer.totals.add(spread_cell(name), counts=rows, sums=variances)
-        buffer.totals.add(
-            statistics_cell(name), counts=(1, 0 if output is None else output.numel()), sums=sums, maxima=maxima
-        )
+        buffer.totals.add(statistics_cell(name), counts=(1, 0 if output is None else output.numel()), sums=sums, maxima=maxima)
         buffer.add(name, micro_batch=call.micro.index, output=output, keep=name in self._kept, sums=sums, maxima=maxima)

@@ -176,6 +176,11 @@ def other_sites(folder: Path) -> dict[str, Any]:
     return train(CASES["whisper"], folder, everywhere(every=2, sites=sites), max_steps=3)[1]
 
 
+def other_cadence(folder: Path) -> dict[str, Any]:
+    """Rank 0 samples steps 1, 2, 4, rank 1 steps 1, 3."""
+    return compared(CASES["whisper"], folder, everywhere(every=2 + RANK), max_steps=4)
+
+
 def failing_begin(folder: Path) -> dict[str, Any]:
     """On rank 1 the search for sites fails when training begins."""
     from probe import observation

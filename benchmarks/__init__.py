@@ -1,0 +1,1 @@
+"""Benchmarks: what the probe costs, measured side by side in one process."""
