@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from probe.attachment import Probe
+from probe.attachment import REGISTRY, Probe
 from probe.callbacks import (
     InputLoggerCallback,
     OutputLoggerCallback,
@@ -16,7 +16,6 @@ from probe.callbacks import (
     ZeroShotVerificationLoggerCallback,
 )
 from probe.errors import AttachError, ProbeTypeError
-from probe.registry import REGISTRY
 from probe.settings import CompileMode, Options, Settings, SiteChoices, check_keep
 from probe.sites.choices import named_choices
 from probe.trainer.record_callback import RecordCallback

@@ -15,7 +15,7 @@ from probe.capture.buffer import StepBuffer
 from probe.errors import AttachError
 from probe.merge.ranks import FAILED, agree
 from probe.records import StepRecord
-from probe.registry import REGISTRY
+from probe.registry import Registry
 from probe.settings import Options
 from probe.sinks.terminal import TerminalSink
 from probe.sites.discovery import SiteMap, discover
@@ -203,3 +203,7 @@ class Probe:
         self.sightings.failures.append(reason)
         self._terminal.say(f"this training is not observed, because observing it failed at its begin: {reason}")
         agree(f"{FAILED}{reason}")  # or the other ranks would wait for this one
+
+
+REGISTRY: Registry[Probe] = Registry()
+"""The one piece of module state of the package: the probe of each model that has one."""

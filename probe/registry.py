@@ -1,26 +1,25 @@
-"""The one piece of module state: which models have a probe."""
+"""Which models have a probe: entries by model, held weakly, and a patch that stands while there is any."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from probe.attachment import Probe
+P = TypeVar("P")
 
 
-class Registry:
+class Registry(Generic[P]):
     """Probes by the model they were attached to. Models are held weakly: a probe ends with its model."""
 
     def __init__(self) -> None:
         """Start empty; nothing is patched."""
-        self._probes: weakref.WeakKeyDictionary[nn.Module, Probe] = weakref.WeakKeyDictionary()
+        self._probes: weakref.WeakKeyDictionary[nn.Module, P] = weakref.WeakKeyDictionary()
         self._undo: Callable[[], None] | None = None
 
-    def add(self, model: nn.Module, probe: Probe, *, patch: Callable[[], Callable[[], None]]) -> None:
+    def add(self, model: nn.Module, probe: P, *, patch: Callable[[], Callable[[], None]]) -> None:
         """Enter a probe; with the first one ``patch`` is called, and what it returns when the last one is gone."""
         if self._undo is None:
             self._undo = patch()
@@ -32,11 +31,11 @@ class Registry:
         self._probes.pop(model, None)
         self._tidy()
 
-    def get(self, model: nn.Module) -> Probe | None:
+    def get(self, model: nn.Module) -> P | None:
         """Return the probe that was attached to exactly this module."""
         return self._probes.get(model)
 
-    def inside(self, model: Any) -> Iterator[Probe]:
+    def inside(self, model: Any) -> Iterator[P]:
         """Yield the probes that were attached to a module or to any module in it."""
         if isinstance(model, nn.Module) and self._probes:
             for module in list(model.modules()):
@@ -44,7 +43,7 @@ class Registry:
                 if probe is not None:
                     yield probe
 
-    def all(self) -> list[Probe]:
+    def all(self) -> list[P]:
         """Return every probe."""
         return list(self._probes.values())
 
@@ -53,6 +52,3 @@ class Registry:
         if self._undo is not None and not any(True for _ in self._probes.keys()):  # noqa: SIM118  (len counts dead keys, too)
             self._undo()
             self._undo = None
-
-
-REGISTRY = Registry()

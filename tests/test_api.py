@@ -12,8 +12,8 @@ from torch import nn
 
 import probe
 from models import CASES
+from probe.attachment import REGISTRY
 from probe.callbacks import InputLoggerCallback, OutputLoggerCallback
-from probe.registry import REGISTRY
 
 LLAMA = CASES["llama"]
 

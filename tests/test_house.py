@@ -31,12 +31,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "observation": {"records", "settings", "sites", "capture", "merge", "assemble"},
     "runfacts": {"observation", "settings"},
     "publication": {"observation", "capture", "records", "sections", "sinks"},
-    "registry": {"attachment"},  # for its type only
+    "registry": set(),
     "trainer": {"records", "settings", "metrics", "foreign", "capture", "sections", "sinks", "observation", "publication", "runfacts"}
-    | {"registry", "attachment"},
+    | {"attachment"},
     "attachment": {"capture", "errors", "merge", "records", "registry", "settings", "sinks", "sites", "trainer"},
     "callbacks": {"errors", "records", "sections", "trainer"},
-    "api": {"attachment", "callbacks", "errors", "registry", "settings", "sites", "trainer"},
+    "api": {"attachment", "callbacks", "errors", "settings", "sites", "trainer"},
     "__init__": {"api", "attachment", "errors", "records", "runs", "settings"},
 }
 

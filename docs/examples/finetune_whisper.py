@@ -136,6 +136,7 @@ def main() -> None:
         train_dataset=SpeechDataset(training_clips, feature_extractor, tokenizer),
         eval_dataset=SpeechDataset(evaluation_clips, feature_extractor, tokenizer),
         data_collator=SpeechCollator(),
+        processing_class=feature_extractor,
     )
     trainer.train()
     print(f"Loss on {held_out} clips held out: {trainer.evaluate()['eval_loss']:.3f}")

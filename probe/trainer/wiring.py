@@ -7,9 +7,8 @@ from collections.abc import Callable
 
 from transformers.trainer_callback import CallbackHandler
 
-from probe.attachment import Probe
+from probe.attachment import REGISTRY, Probe
 from probe.foreign.trainer_private import before_every_train_begin, running_trainer
-from probe.registry import REGISTRY
 from probe.settings import Options
 from probe.trainer.record_callback import RecordCallback
 

@@ -22,8 +22,8 @@ import models
 import probe
 from models.case import Case
 from models.running import VARIANTS, assert_identical, run
+from probe.attachment import REGISTRY
 from probe.measure import statistics
-from probe.registry import REGISTRY
 from watching import attacher, observed_run
 
 CASES = [pytest.param(case, id=case.name) for case in models.available_cases()]

@@ -13,7 +13,7 @@ from torch.nn import functional
 import probe
 from models import CASES
 from models.running import run
-from probe.registry import REGISTRY
+from probe.attachment import REGISTRY
 
 WIDTH = 40
 

@@ -18,6 +18,7 @@ import probe
 from models.case import Case
 from models.counting import CallCounter
 from models.running import VARIANTS, RunResult, run
+from probe.measure.statistics import summarise
 from probe.records import StepRecord
 from watching import assert_nothing_failed, attacher, records_of
 
@@ -214,11 +215,11 @@ def test_shared_module() -> None:
 def test_root_that_calls_itself() -> None:
     """A root that calls itself is one micro-batch, and the captures of the inner call belong to it."""
     model = Recursive()
-    observed = probe.attach(model, every=1, sites={"custom": ["inner"]}, settings=probe.Settings(terminal=False))
+    observed = probe.attach(model, every=1, sites={"custom": ["inner", "last"]}, settings=probe.Settings(terminal=False))
     with observed.step():
         model(torch.randn(2, 4), again=True).sum().backward()
         assert len(observed.buffer.micro_batches) == 1
-        assert len(observed.buffer["inner"]) == 2
+        assert (len(observed.buffer["inner"]), len(observed.buffer["last"])) == (2, 1)
         model(torch.randn(2, 4)).sum().backward()
         assert [capture.micro_batch for capture in observed.buffer["inner"]] == [0, 0, 1]
     observed.detach()
@@ -259,9 +260,10 @@ def test_recompute_inside_the_forward() -> None:
 
 def test_two_threads_in_one_step() -> None:
     """Threads that run the same model at once, as nn.DataParallel does: the first to enter is observed, and the record names the rest."""
-    entered, meet = threading.Barrier(2, timeout=20), threading.Barrier(2, timeout=20)
-    model = Stack(nn.Linear(4, 4), Meeting(entered, meet), nn.Linear(4, 4))
-    observed = probe.attach(model, every=1, sites={"custom": ["layers.0", "layers.1", "layers.2"]}, settings=probe.Settings(terminal=False))
+    waiting = Waiting()
+    model = Stack(nn.Linear(4, 4), waiting, nn.Linear(4, 4))
+    names = ["layers.0", "layers.1", "layers.2"]
+    observed = probe.attach(model, every=1, sites={"custom": names}, settings=probe.Settings(terminal=False))
     failures: list[BaseException] = []
 
     def forward(rows: int) -> None:
@@ -271,18 +273,18 @@ def test_two_threads_in_one_step() -> None:
             failures.append(error)
 
     with observed.step():
-        threads = [threading.Thread(target=forward, args=(rows,)) for rows in (2, 3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        captures = [observed.buffer[name] for name in ("layers.0", "layers.1", "layers.2")]
+        first = threading.Thread(target=forward, args=(2,))
+        first.start()
+        assert waiting.inside.wait(20)
+        forward(3)  # from its first line to its last while the other one is in the middle of a site
+        waiting.go_on.set()
+        first.join(20)
+        shapes = [[capture.shape for capture in observed.buffer[name]] for name in names]
         micro_batches = len(observed.buffer.micro_batches)
     observed.detach()
     assert failures == []
     assert micro_batches == 1
-    assert [len(calls) for calls in captures] == [1, 1, 1]
-    assert len({calls[0].shape for calls in captures}) == 1
+    assert shapes == [[(2, 4)]] * 3
     assert observed.last is not None
     assert "replica" in observed.last.not_measured["data_parallel"]
 
@@ -331,6 +333,36 @@ def test_forward_that_raises_midway() -> None:
     observed.detach()
 
 
+def test_hooks_come_before_those_that_stand_already() -> None:
+    """A site is seen before post-hooks that were registered earlier run: FSDP's would have taken the weights apart by then."""
+    model = Stack(nn.Linear(4, 4))
+    observed = probe.attach(model, every=1, sites={"custom": ["layers.0"]}, settings=probe.Settings(terminal=False))
+    seen: list[int] = []
+    model.layers[0].register_forward_hook(lambda *_: seen.append(len(observed.buffer["layers.0"])))
+    with observed.step():
+        model(torch.randn(2, 4)).sum().backward()
+    observed.detach()
+    assert seen == [1]
+
+
+def test_measuring_runs_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What hooks compute, before and after a module runs, never becomes a part of the graph."""
+    enabled: list[tuple[str, bool]] = []
+    for where in ("inputs", "statistics"):  # the root's inputs before it runs, a site's output after
+
+        def noting(x: Tensor, where: str = where) -> Any:
+            enabled.append((where, torch.is_grad_enabled()))
+            return summarise(x)
+
+        monkeypatch.setattr(f"probe.capture.observers.{where}.summarise", noting)
+    model = Stack(nn.Linear(4, 4))
+    observed = probe.attach(model, every=1, sites={"custom": ["layers.0"]}, settings=probe.Settings(terminal=False))
+    with observed.step():
+        model(torch.randn(2, 4)).sum().backward()
+    observed.detach()
+    assert enabled == [("inputs", False), ("statistics", False)]
+
+
 class Stack(nn.Module):
     """Runs its layers one after the other."""
 
@@ -350,7 +382,7 @@ class Recursive(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.inner = nn.Linear(4, 4)
+        self.inner, self.last = nn.Linear(4, 4), nn.Linear(4, 4)
 
     def forward(self, x: Tensor, again: bool = False, glance: bool = False) -> Tensor:
         """Return (N, 4)."""
@@ -358,7 +390,7 @@ class Recursive(nn.Module):
             with torch.no_grad():
                 self(x)
         x = self.inner(x)
-        return self(x) if again else x
+        return self.last(self(x)) if again else x
 
 
 class Penalised(nn.Module):
@@ -381,15 +413,16 @@ class Penalised(nn.Module):
         return self.inner(x)
 
 
-class Meeting(nn.Module):
-    """Lets nobody go on before two threads are inside."""
+class Waiting(nn.Module):
+    """Lets the first caller go on only when it is told to."""
 
-    def __init__(self, *barriers: threading.Barrier) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.barriers = barriers
+        self.inside, self.go_on = threading.Event(), threading.Event()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return what came."""
-        for barrier in self.barriers:
-            barrier.wait()
+        if not self.inside.is_set():
+            self.inside.set()
+            assert self.go_on.wait(20)
         return x * 1.0

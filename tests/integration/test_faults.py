@@ -16,6 +16,7 @@ from transformers import Trainer, TrainerCallback
 import probe
 from models import CASES
 from models.running import assert_identical, run
+from probe.attachment import REGISTRY
 from probe.callbacks import InputLoggerCallback
 from probe.capture.observers.attention import AttentionWatcher
 from probe.capture.observers.branches import BranchWatcher
@@ -26,7 +27,6 @@ from probe.capture.observers.loss import LossWatcher
 from probe.capture.observers.statistics import StatisticsWatcher
 from probe.observation import Observation
 from probe.records import StepRecord
-from probe.registry import REGISTRY
 from probe.sinks.run_folder import RunFolder
 from probe.sinks.terminal import TerminalSink
 

@@ -20,8 +20,8 @@ import models
 from models import qwen2_audio
 from models.case import Case
 from models.running import VARIANTS, RunResult
+from probe.attachment import REGISTRY
 from probe.records import Attention, Head, StepRecord
-from probe.registry import REGISTRY
 from watching import observed_run
 
 CASES = [pytest.param(case, id=case.name) for case in models.available_cases()]
@@ -328,6 +328,15 @@ def test_attention_of_an_expanding_model() -> None:
                 for pair in zip(audio_BS.tolist(), output.attention_mask.tolist(), strict=True)
             ]
             check_layer(rows[site], seen[0], names, names)
+
+
+def test_expanding_model_under_autocast() -> None:
+    """Under bf16 the head's logits are gone when the output tells the labels; the output's own copies are measured instead."""
+    result, records = observed_run(models.CASES["original"], seed=SEED, max_steps=2, **VARIANTS["bf16"])
+    logged = [entry for entry in result.log_history if "loss" in entry]
+    for record, entry in zip(records, logged, strict=True):
+        books = [record.metrics[f"probe/audio/codebook_{k}/loss"] for k in range(3)]
+        assert record.metrics["probe/text/loss"] + sum(books) / 3 == pytest.approx(entry["loss"], abs=2e-4)
 
 
 class SdpaWeights:

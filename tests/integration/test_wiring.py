@@ -18,13 +18,13 @@ from transformers.trainer_callback import CallbackHandler
 import probe
 from models import CASES
 from models.running import run
+from probe.attachment import REGISTRY
 from probe.callbacks import (
     InputLoggerCallback,
     OutputLoggerCallback,
     SharedAttentionLoggerCallback,
     ZeroShotVerificationLoggerCallback,
 )
-from probe.registry import REGISTRY
 
 LLAMA, WHISPER = CASES["llama"], CASES["whisper"]
 FOUR = (InputLoggerCallback, OutputLoggerCallback, SharedAttentionLoggerCallback, ZeroShotVerificationLoggerCallback)
