@@ -14,7 +14,7 @@ from probe.assemble.draft import PartFacts, RunContext
 from probe.assemble.record import assemble
 from probe.assemble.text import Decoder
 from probe.capture.breaker import Breaker
-from probe.capture.buffer import StepBuffer
+from probe.capture.buffer import StepBuffer, fixed_bytes
 from probe.capture.cells import Cell
 from probe.capture.hooks import HookSet
 from probe.capture.observer import Observer, StepEnd
@@ -27,6 +27,7 @@ from probe.capture.observers.loss import LossWatcher
 from probe.capture.observers.statistics import StatisticsWatcher
 from probe.capture.totals import Totals
 from probe.capture.window import Window
+from probe.errors import ProbeValueError
 from probe.merge.layout import make_layout
 from probe.merge.packing import Transfer, pack
 from probe.merge.ranks import agree, here
@@ -85,6 +86,7 @@ class Observation:
         self._parts = [*(observer.name for observer in self._observers), "packing"]
         step_cell = Cell("step", counts=("ranks", *(f"failed:{part}" for part in self._parts)))
         self._layout = make_layout([step_cell, *(cell for observer in self._observers for cell in observer.cells())])
+        _check_budget(options, fixed_bytes(self._layout.cells))
         sites = {site.name: site for site in self.discovery.sites.sites}
         self._hooks = HookSet(self.discovery.modules, sites, self._observers, self.breaker)
         flex = any(getattr(getattr(m, "config", None), "_attn_implementation", "") == "flex_attention" for m in model.modules())
@@ -172,6 +174,12 @@ class Observation:
         """Remove every hook and let go of inputs and captures."""
         self._hooks.remove()
         self.buffer.clear()
+
+
+def _check_budget(options: Options, fixed: int) -> None:
+    if fixed > options.budget_mib * MIB:
+        least = f"the sums of this model's sites alone take {fixed / MIB:.3g} MiB"
+        raise ProbeValueError(f"budget_mib={options.budget_mib:g}: {least}; give at least that (the default is 64)")
 
 
 def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settings: Settings, breaker: Breaker) -> list[Observer]:

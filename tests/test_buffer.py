@@ -92,3 +92,15 @@ def test_clear_lets_go_of_inputs() -> None:
     assert len(buffer) == 1
     buffer.clear()
     assert (dict(buffer.inputs), len(buffer), buffer.bytes, buffer.step) == ({}, 0, 0, None)
+
+
+def test_small_tensors_for_the_record_are_counted_once() -> None:
+    """put counts 8 bytes an element, a replacement of the same size nothing, and refuses what does not fit."""
+    buffer = StepBuffer(budget_bytes=100)
+    buffer.open(1)
+    assert buffer.put("ids", torch.arange(5))
+    assert buffer.put("ids", torch.arange(5, 10))
+    assert buffer.bytes == 40
+    assert not buffer.put("labels", torch.arange(10))
+    assert set(buffer.totals.local) == {"ids"}
+    assert "budget_mib" in buffer.totals.reasons["labels"]

@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sections": {"records"},
     "sinks": {"errors", "records", "records_json", "sections"},
     "runs": {"errors", "metrics", "records", "records_json"},
-    "observation": {"records", "settings", "sites", "capture", "merge", "assemble"},
+    "observation": {"errors", "records", "settings", "sites", "capture", "merge", "assemble"},
     "runfacts": {"observation", "settings"},
     "publication": {"observation", "capture", "records", "sections", "sinks"},
     "registry": set(),

@@ -13,7 +13,7 @@ import pytest
 from probe.errors import ProbeValueError, RunFolderError
 from probe.records_json import SCHEMA_MAJOR, to_json
 from probe.runs.load import load
-from records_factory import finding, speech_record, whisper_record
+from records_factory import finding, whisper_record
 
 
 def make(path: Path, *records: object, facts: object = None, findings: tuple[object, ...] = ()) -> Path:
@@ -35,15 +35,22 @@ def test_the_three_ways_to_name_a_run(tmp_path: Path) -> None:
         assert run.records == (whisper_record(1),)
 
 
-def test_records_in_order(tmp_path: Path) -> None:
-    """Records come by step; where a resume repeated a step, the later line stands."""
-    lines = [whisper_record(300), whisper_record(100), speech_record(300), whisper_record(1)]
+@pytest.mark.parametrize(
+    ("written", "read"),
+    [
+        ([1, 100, 200], [0, 1, 2]),
+        ([1, 100, 200, 200], [0, 1, 3]),
+        ([1, 100, 200, 300, 151, 200], [0, 1, 4, 5]),
+        ([1, 100, 200, 1, 100], [3, 4]),
+        ([1, 5, 1], [2]),
+    ],
+)
+def test_only_the_newest_training_is_read(tmp_path: Path, written: list[int], read: list[int]) -> None:
+    """Where a resume, or a new run in the same folder, goes back to a step, the lines from that step on stand no more."""
+    lines = [whisper_record(step, metrics={"probe/loss": float(i)}) for i, step in enumerate(written)]
     run = load(make(tmp_path / "run", *lines))
-    assert run.records == (whisper_record(1), whisper_record(100), speech_record(300))
-    assert run.facts == {"schema": {"major": SCHEMA_MAJOR, "minor": 0}}
-    assert run.findings == ()
-    assert not run.truncated
-    assert run.broken_lines == 0
+    assert [record.metrics["probe/loss"] for record in run.records] == read
+    assert [record.step for record in run.records] == [written[i] for i in read]
 
 
 def test_series(tmp_path: Path) -> None:

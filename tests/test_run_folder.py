@@ -96,12 +96,13 @@ def test_run_json_is_written_once_and_atomically(tmp_path: Path, monkeypatch: py
 
 
 def test_a_resume_appends(tmp_path: Path) -> None:
-    """A second run of the same folder adds its lines; the last line of a step wins."""
+    """A second writer on the same folder adds its lines and keeps those that are there."""
     folder(tmp_path).write(whisper_record(1))
     folder(tmp_path).write(whisper_record(2))
-    folder(tmp_path).write(whisper_record(1, time=5.0))
+    folder(tmp_path).write(whisper_record(2, time=5.0))
+    assert len(folder(tmp_path).records.read_text().splitlines()) == 3
     run = load(tmp_path / "out")
-    assert [(record.step, record.time) for record in run.records] == [(1, 5.0), (2, whisper_record().time)]
+    assert [(record.step, record.time) for record in run.records] == [(1, whisper_record().time), (2, 5.0)]
 
 
 @pytest.mark.parametrize("kept", [1, 40, -1])

@@ -60,8 +60,9 @@ def audio_codes(draft: Draft) -> int | None:
 def _tensors(draft: Draft) -> Iterator[InputTensor]:
     for name, (shape, dtype, device, scalar) in draft.host.facts.get("inputs", {}).items():
         packed = draft.host.local.get(f"input:{name}")
-        if packed is None:
-            yield InputTensor(name, shape, dtype, device, minimum=float(scalar), maximum=float(scalar))
+        if packed is None:  # a plain number; or a tensor whose statistics were over budget, which is named
+            value = None if scalar is None else float(scalar)
+            yield InputTensor(name, shape, dtype, device, minimum=value, maximum=value)
             continue
         elements = int(np.prod(shape))
         split = len(COLUMNS_SUMS)

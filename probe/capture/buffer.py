@@ -15,7 +15,13 @@ from probe.capture.totals import Totals
 from probe.errors import SiteError
 from probe.measure.statistics import COLUMNS_MAXIMA, COLUMNS_SUMS, Moments, finish
 
-_VECTOR_BYTES = 8 * (len(COLUMNS_SUMS) + len(COLUMNS_MAXIMA))
+_ELEMENT_BYTES = 8
+_VECTOR_BYTES = _ELEMENT_BYTES * (len(COLUMNS_SUMS) + len(COLUMNS_MAXIMA))
+
+
+def fixed_bytes(cells: Sequence[Cell]) -> int:
+    """Return what the columns of cells take: the least that a budget must hold."""
+    return _ELEMENT_BYTES * sum(len(cell.counts) + len(cell.sums) + len(cell.maxima) for cell in cells)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +99,7 @@ class StepBuffer:
         """Start an empty buffer for a sampled step."""
         self.clear()
         self.step = step
-        self.bytes = 8 * sum(len(c.counts) + len(c.sums) + len(c.maxima) for c in self._cells)
+        self.bytes = fixed_bytes(self._cells)
 
     def clear(self) -> None:
         """Drop everything, references to inputs included."""
@@ -109,6 +115,17 @@ class StepBuffer:
             self.totals.omit(what, f"{nbytes / mib:.3g} MiB more would exceed the budget of {self.budget_bytes / mib:g} MiB (budget_mib=)")
             return False
         self.bytes += nbytes
+        return True
+
+    def put(self, key: str, tensor: Tensor) -> bool:
+        """Keep a small tensor of this rank for the record, if the budget admits it (float64, as it will travel); else note it and say so.
+
+        A tensor of the same size under the same key replaces the one before and costs nothing more.
+        """
+        known = self.totals.local.get(key)
+        if (known is None or known.numel() != tensor.numel()) and not self.reserve(key, _ELEMENT_BYTES * tensor.numel()):
+            return False
+        self.totals.put(key, tensor)
         return True
 
     def release(self, nbytes: int) -> None:

@@ -72,15 +72,28 @@ def load(run_folder: str | os.PathLike[str]) -> Run:
     facts = _facts(path / _RUN)
     records, records_cut, records_broken = _lines(path / _RECORDS, StepRecord)
     findings, findings_cut, findings_broken = _lines(path / _FINDINGS, Finding)
-    by_step = {record.step: record for record in records}
     return Run(
         path=path,
-        records=tuple(by_step[step] for step in sorted(by_step)),
+        records=_newest_branch(records),
         findings=tuple(findings),
         facts=facts,
         truncated=records_cut or findings_cut,
         broken_lines=records_broken + findings_broken,
     )
+
+
+def _newest_branch(records: list[StepRecord]) -> tuple[StepRecord, ...]:
+    """Return the records that lead to the last one, in order of steps.
+
+    A training that was resumed from a checkpoint, or begun anew in the same folder, goes on from an earlier step than the file has
+    reached: what was written of that step and of later ones belongs to a training that was given up.
+    """
+    branch: list[StepRecord] = []
+    for record in records:
+        while branch and branch[-1].step >= record.step:
+            branch.pop()
+        branch.append(record)
+    return tuple(branch)
 
 
 def _find(path: Path) -> Path:

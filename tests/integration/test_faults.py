@@ -139,6 +139,14 @@ def test_observing_that_cannot_begin_is_said_and_training_goes_on(
     assert plain.losses
 
 
+def test_a_budget_below_the_fixed_sums_is_refused_with_the_least(capsys: pytest.CaptureFixture[str]) -> None:
+    """A budget that could not even hold the sums is named with the bound; training goes on unobserved."""
+    plain = run(LLAMA, max_steps=2)
+    assert_identical(plain, run(LLAMA, attach=lambda model: probe.attach(model, every=1, budget_mib=0.0001), max_steps=2))
+    out = capsys.readouterr().out
+    assert "budget_mib=0.0001: the sums of this model's sites alone take 0.00" in out
+
+
 @pytest.mark.skipif(os.name != "posix", reason="a file where a folder should be is made the posix way")
 def test_a_run_folder_that_cannot_be_written_is_said_once(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """A file stands where the folder should be: one line names the path, metrics still reach the Trainer's logs."""

@@ -167,8 +167,8 @@ class AttentionWatcher(Watcher):
     def _add(self, site: str, found: AttentionSums, buffer: StepBuffer) -> None:
         totals, name = buffer.totals, attention_cell(site)
         totals.add(name, sums=found.sums)
-        totals.put(f"own:{name}", found.sums + totals.local.get(f"own:{name}", 0.0))
-        totals.put(f"heads:{name}", found.per_head + totals.local.get(f"heads:{name}", 0.0))
+        buffer.put(f"own:{name}", found.sums + totals.local.get(f"own:{name}", 0.0))
+        buffer.put(f"heads:{name}", found.per_head + totals.local.get(f"heads:{name}", 0.0))
         totals.tell(f"masses_per_head:{name}", found.masses_per_head)
 
 

@@ -102,7 +102,7 @@ class GradientWatcher(Watcher):
         """Sum the squares of each part's gradients."""
         scale = None if end.loss_scale is None else end.loss_scale.double()
         if scale is not None:
-            buffer.totals.put("loss_scale", scale)
+            buffer.totals.put("loss_scale", scale)  # one number, without which gradients could not be read: not asked of the budget
         for part in self._parts:
             self._add_part(part, scale, buffer)
 

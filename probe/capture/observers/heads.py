@@ -121,9 +121,8 @@ class HeadWatcher(Watcher):
         for k, sums in enumerate(scored.codebooks):
             totals.add(head_cell(site.name, k), sums=sums)
         totals.tell(f"alignment:{site.name}", scored.how)
-        if micro.index == 0 and self._keep_text and buffer.reserve(f"head:{site.name}:tokens", 16 * scored.predicted.numel()):
-            totals.put(f"predicted:{site.name}", scored.predicted)
-            totals.put(f"target:{site.name}", scored.target)
+        if micro.index == 0 and self._keep_text and buffer.put(f"predicted:{site.name}", scored.predicted):
+            buffer.put(f"target:{site.name}", scored.target)
 
 
 def _returned(output: Any, shape: torch.Size) -> Tensor | None:

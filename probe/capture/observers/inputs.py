@@ -66,9 +66,9 @@ class InputWatcher(Watcher):
             return
         known[name] = (tuple(value.shape), str(value.dtype).removeprefix("torch."), str(value.device), None)
         sums, maxima = summarise(value)
-        buffer.totals.put(f"input:{name}", torch.cat([sums, maxima]))
+        buffer.put(f"input:{name}", torch.cat([sums, maxima]))
         if self._keep_text and not value.is_floating_point() and value.numel():
-            buffer.totals.put(f"first:{name}", value.reshape(-1)[:FIRST_VALUES])
+            buffer.put(f"first:{name}", value.reshape(-1)[:FIRST_VALUES])
 
     def _show(self, inputs: Mapping[str, Any], buffer: StepBuffer) -> None:
         """Put the token ids and labels of the first samples, and how the audio clips lie."""
@@ -77,13 +77,11 @@ class InputWatcher(Watcher):
             if not isinstance(tensor, Tensor) or tensor.dim() != 2:
                 continue
             if self._keep_text:
-                shown = tensor[:SHOWN_SAMPLES, :SHOWN_TOKENS]
-                if buffer.reserve(f"inputs/{key}", 8 * shown.numel()):
-                    buffer.totals.put(key, shown)
+                buffer.put(key, tensor[:SHOWN_SAMPLES, :SHOWN_TOKENS])
         features = audio_features(inputs)
         if features is not None:
             buffer.totals.tell("audio_features", (features[0], tuple(features[1].shape)))
-            buffer.totals.put("clips", describe_clips(features[1][:SHOWN_CLIPS]))
+            buffer.put("clips", describe_clips(features[1][:SHOWN_CLIPS]))
 
     def _count(self, inputs: Mapping[str, Any], buffer: StepBuffer) -> None:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
