@@ -48,13 +48,13 @@ def records(result: Any) -> Any:
 
 
 def test_sampled_steps_are_seen_and_nothing_is_recompiled(capsys: pytest.CaptureFixture[str]) -> None:
-    """The window sees every site in exactly the sampled steps; the compiled steps use as many graphs as without the probe."""
+    """The window sees every site in exactly the sampled steps; no more graphs are compiled than without the probe."""
     plain = run(LLAMA, max_steps=6, **COMPILED)
     expected = graphs()
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     observed = run(LLAMA, attach=lambda model: probe.attach(model, every=3), max_steps=6, **COMPILED)
-    assert graphs() == expected >= 1
+    assert 1 <= graphs() <= expected
     assert [record.step for record in records(observed)] == [1, 3, 6]
     for record in records(observed):
         assert [row.calls for row in record.attention] == [1, 1]
