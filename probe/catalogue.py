@@ -134,6 +134,16 @@ def _attention() -> tuple[Metric, ...]:
             "probe/attention/<kind>/first_token", "share", _SHARE, "As `probe/attention/first_token`, over the layers of one kind.", sink
         ),
         Metric("probe/attention/<kind>/padding", "share", _SHARE, "As `probe/attention/padding`, over the layers of one kind.", definition),
+        *(
+            Metric(
+                f"probe/attention/<kind>/{what}",
+                "share",
+                _SHARE,
+                f"As `probe/attention/{what}`, over the layers of one kind (`cross`: keys are frames; those of padding are no audio).",
+                definition,
+            )
+            for what in ("text_to_text", "text_to_audio", "audio_to_text", "audio_to_audio")
+        ),
     )
 
 

@@ -25,7 +25,7 @@ DENOMINATORS: Mapping[str, str] = {
     "audio_to_audio": "audio_rows_audio_visible",
 }
 """Which column each numerator is divided by."""
-_BY_KIND = ("entropy", "entropy_nats", "first_token", "padding")
+_OVERALL = ("entropy", "entropy_nats", "first_token", "padding")
 _MODALITY = ("text_to_audio", "audio_to_text", "text_to_text", "audio_to_audio")
 
 
@@ -37,11 +37,12 @@ def attention(draft: Draft) -> tuple[Attention, ...]:
     uncalled = "no attention layer was called in any training forward of this step"
     none = uncalled if sites else draft.run.sites.missing.get("attention", "the model has no attention layer that was recognised")
     why = "; ".join(sorted({draft.host.reasons.get(attention_cell(row.site), "") for row in rows} - {""})) or none
-    for what in _BY_KIND:
+    for what in _OVERALL:
         unknown = f"which keys are padding is known for no layer ({why})" if what == "padding" and rows else why
         draft.measure(f"probe/attention/{what}", _mean(rows, what), unknown)
-        for kind in get_args(AttentionKind):
-            mine = [row for row in rows if row.kind == kind]
+    for kind in get_args(AttentionKind):
+        mine = [row for row in rows if row.kind == kind]
+        for what in (*_OVERALL, *_MODALITY):
             value = _mean(mine, what)
             if value is not None:
                 draft.measure(f"probe/attention/{kind}/{what}", value, why)
