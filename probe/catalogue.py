@@ -301,8 +301,8 @@ CATALOGUE: tuple[Metric, ...] = (
         "probe/loss",
         "as the Trainer's loss",
         "any",
-        "What `training_step` returned, summed over the micro-batches of the step and averaged over ranks: the number that was "
-        "backpropagated.",
+        "What `training_step` returned, summed over the micro-batches of the step and averaged over ranks. It is what was backpropagated, "
+        "except in transformers 4.46, which with accumulation k returns a k-th of it.",
         "transformers.Trainer.training_step",
         True,
     ),

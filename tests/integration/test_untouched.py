@@ -56,12 +56,12 @@ def test_twenty_steps(case: Case) -> None:
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "plain"])
 @pytest.mark.parametrize("case", CASES)
-def test_every_step_of_each_way_of_training(case: Case, variant: str) -> None:
-    """With accumulation, both kinds of checkpointing and bf16, observing every step changes no bit."""
+def test_twenty_steps_of_each_way_of_training(case: Case, variant: str) -> None:
+    """With accumulation, both kinds of checkpointing and bf16, observing every second of 20 steps changes no bit."""
     if variant in case.unsupported:
         pytest.skip(case.unsupported[variant])
-    _, watched = compare(case, every=1, max_steps=6, **VARIANTS[variant])
-    assert [record.step for record in records_of(watched)] == [1, 2, 3, 4, 5, 6]
+    _, watched = compare(case, every=2, **VARIANTS[variant])
+    assert [record.step for record in records_of(watched)] == [1, *range(2, 21, 2)]
 
 
 def test_accumulation_with_checkpointing() -> None:
