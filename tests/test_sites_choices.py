@@ -10,6 +10,7 @@ from torch import nn
 
 import models
 from probe.errors import ProbeTypeError, SiteError
+from probe.sites.choices import choices_below, named_choices
 from probe.sites.discovery import Discovery, discover
 
 
@@ -148,3 +149,15 @@ def test_a_module_chosen_before_peft_leads_to_what_runs_now() -> None:
     found = discover(tuned, choices=choices)
     assert found.modules["lm_head"] is model.lm_head.modules_to_save["default"]
     assert found.modules["model.layers.0.self_attn.q_proj"] is model.model.layers[0].self_attn.q_proj
+
+
+def test_modules_become_names_and_names_move_below_a_prefix() -> None:
+    """A choice made for one module holds for a model that contains it; no module is kept."""
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+    choices = named_choices(model, {"custom": [model[1][0], "auto", "0"], "lm_head": model[0]})
+    assert choices == {"custom": ["1.0", "auto", "0"], "lm_head": ["0"]}
+    assert choices_below("inner", choices) == {"custom": ["inner.1.0", "auto", "inner.0"], "lm_head": ["inner.0"]}
+    assert choices_below("", choices) is choices
+    assert named_choices(model, "auto") == choices_below("inner", "auto") == "auto"
+    with pytest.raises(SiteError, match="not a module of the model"):
+        named_choices(model, {"custom": nn.Linear(1, 1)})
