@@ -47,7 +47,7 @@ class Sightings:
             return
         self.told = True
         if self.failures:
-            tried = f"observing failed: {'; '.join(self.failures)}"
+            tried = "; ".join(self.failures)
         elif self.sessions:
             tried = (
                 f"training began {self.sessions} times, hooks stood in {self.steps} sampled steps, and the model's forward was not called "
@@ -66,16 +66,13 @@ class Probe:
     It holds the model weakly. Usable as a context manager, which detaches at the end.
     """
 
-    def __init__(
-        self, model: nn.Module, options: Options, *, callbacks: MakeCallbacks, own_cadence: bool = True, enabled: bool = True
-    ) -> None:
+    def __init__(self, model: nn.Module, options: Options, *, callbacks: MakeCallbacks, enabled: bool = True) -> None:
         """Find the sites; nothing is hooked or patched.
 
         Args:
             model: The model.
             options: What was asked for.
             callbacks: Makes, for a cadence, the callbacks that a Trainer may lack.
-            own_cadence: Whether ``options.every`` counts besides the cadences of the Trainer's callbacks.
             enabled: ``False`` makes a probe that does nothing (``PROBE=0``).
 
         Raises:
@@ -86,7 +83,6 @@ class Probe:
         self._enabled = enabled
         self._model = weakref.ref(model)
         self._callbacks = callbacks
-        self._own_cadence = own_cadence
         self._terminal = TerminalSink()
         self._trainer_session: weakref.ref[TrainerSession] | None = None
         self._loop: LoopSession | None = None
@@ -94,7 +90,7 @@ class Probe:
         self._idle = StepBuffer(budget_bytes=0, sites=tuple(site.name for site in self._sites.sites))
         self.sightings = Sightings(type(model).__name__)
         if enabled:
-            self._at_exit = weakref.finalize(model, self.sightings.tell, self._terminal.say)
+            weakref.finalize(model, self.sightings.tell, self._terminal.say)  # when the model goes, or the process
 
     def __repr__(self) -> str:
         """Say what it is attached to, and what it has seen."""
@@ -124,7 +120,6 @@ class Probe:
                 trainer,
                 self.options,
                 attached=trainer.model if model is None else model,
-                own_cadence=self._own_cadence,
                 missing=self._callbacks(self.options.every),
                 keep=self._keep,
                 terminal=self._terminal,
@@ -172,7 +167,6 @@ class Probe:
         if model is not None and REGISTRY.get(model) is self:
             REGISTRY.remove(model)
         if self._enabled:
-            self._at_exit.detach()
             self.sightings.tell(self._terminal.say)
 
     def __enter__(self) -> Probe:
@@ -200,7 +194,7 @@ class Probe:
 
     def _failed(self, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"
-        self.sightings.failures.append(reason)
+        self.sightings.failures.append(f"observing failed: {reason}")
         self._terminal.say(f"this training is not observed, because observing it failed at its begin: {reason}")
         agree(f"{FAILED}{reason}")  # or the other ranks would wait for this one
 

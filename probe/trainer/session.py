@@ -49,7 +49,6 @@ class TrainerSession:
         options: Options,
         *,
         attached: nn.Module,
-        own_cadence: bool,
         missing: Sequence[RecordCallback],
         keep: Callable[[StepRecord], None],
         terminal: TerminalSink,
@@ -60,7 +59,6 @@ class TrainerSession:
             trainer: The Trainer, about to train.
             options: What ``attach`` was asked for.
             attached: What it was asked for on.
-            own_cadence: Whether ``options.every`` counts besides the callbacks' own cadences.
             missing: Callbacks to add for those kinds that the Trainer lacks.
             keep: Takes each published record.
             terminal: Prints sections and messages.
@@ -72,7 +70,7 @@ class TrainerSession:
         self.forwards_seen = False
         mine = [cb for cb in self._handler.callbacks if isinstance(cb, RecordCallback)]
         added = [cb for cb in missing if not any(isinstance(known, type(cb)) for known in mine)]
-        self._cadences = {cb.log_every_n_steps for cb in mine} | ({options.every} if own_cadence else set())
+        self._cadences = {options.every, *(cb.log_every_n_steps for cb in mine)}
         tokenizers = [cb.tokenizer for cb in mine if cb.tokenizer is not None]
         chief = bool(trainer.is_world_process_zero())
         rank = "" if chief else f"[rank {trainer.args.process_index}] "

@@ -31,7 +31,9 @@ def _train_begins(handler: CallbackHandler) -> None:
     for probe in REGISTRY.all():
         if probe not in concerned:
             probe.sightings.others.append(type(trainer.model).__name__)
-    for probe in concerned[:1]:  # the outermost: several probes in one model would capture the same calls twice
+    for probe in concerned[1:]:
+        probe.sightings.failures.append(f"a probe of {concerned[0].sightings.model}, which contains it, observes the same training")
+    for probe in concerned[:1]:  # several would capture the same calls twice
         probe.begin(trainer)
 
 
@@ -43,6 +45,6 @@ def ensure_observed(callback: RecordCallback) -> None:
     if any(probe.observes(trainer) for probe in REGISTRY.inside(trainer.model)):
         return
     options = Options(every=callback.log_every_n_steps)
-    probe = Probe(trainer.model, options, callbacks=lambda every: (), own_cadence=False)
+    probe = Probe(trainer.model, options, callbacks=lambda every: ())
     REGISTRY.add(trainer.model, probe, patch=watch_trainers)
     probe.begin(trainer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import json
 import pickle
 import weakref
 from pathlib import Path
@@ -46,7 +47,9 @@ def hooks_of(model: nn.Module) -> int:
 
 
 def steps(output_dir: str | Path) -> list[int]:
-    return [record.step for record in probe.load(output_dir).records]
+    """Return the step of every line that was written, so that a record made twice does not go unseen."""
+    lines = (Path(output_dir) / "_probe" / "records-rank00000.jsonl").read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
 
 
 def test_attach_before_the_trainer_is_built() -> None:
@@ -138,7 +141,9 @@ def test_headline_metrics_are_in_the_logs_that_integrations_see() -> None:
 
 def test_evaluation_logs_stay_as_they_are() -> None:
     """No probe key enters an evaluation log or the summary at the end."""
-    result = run(LLAMA, attach=lambda model: probe.attach(model, every=1), max_steps=4, eval_strategy="steps", eval_steps=2)
+    result = run(
+        LLAMA, attach=lambda model: probe.attach(model, every=1), max_steps=4, eval_strategy="steps", eval_steps=2, logging_steps=3
+    )
     others = [entry for entry in result.log_history if "loss" not in entry]
     assert len(others) == 3
     assert not any(name.startswith("probe/") for entry in others for name in entry)
@@ -162,6 +167,18 @@ def test_lora_may_go_round_the_model(when: str) -> None:
     assert record.metrics["probe/text/loss"] == pytest.approx(trainer.state.log_history[1]["loss"], abs=1e-4)
     assert len(record.attention) == 2
     assert hooks_of(wrapped) == 0
+
+
+def test_of_two_probes_in_one_model_the_outer_one_observes(capsys: pytest.CaptureFixture[str]) -> None:
+    """A model and a module of it may both be attached: every record is made once, and the inner probe says who observes."""
+    model = LLAMA.build(0)
+    outer, inner = probe.attach(model, every=1), probe.attach(model.model, every=1)
+    trainer = LLAMA.trainer(model, max_steps=2)
+    trainer.train()
+    assert steps(trainer.args.output_dir) == [1, 2]
+    assert outer.last is not None
+    inner.detach()
+    assert "a probe of LlamaForCausalLM, which contains it, observes the same training" in capsys.readouterr().out
 
 
 def test_a_plain_module_round_the_model_is_seen_through() -> None:
@@ -228,7 +245,7 @@ def test_a_trainer_with_its_own_training_step_that_fires_step_end_early() -> Non
     case = CASES["original"]
     result = run(case, attach=lambda model: probe.attach(model, every=1), max_steps=3, gradient_accumulation_steps=2)
     records = probe.load(result.trainer.args.output_dir).records
-    assert [record.step for record in records] == [1, 2, 3]
+    assert steps(result.trainer.args.output_dir) == [1, 2, 3]
     assert [record.inputs.micro_batches for record in records] == [2, 2, 2]
     assert all("probe/grad/norm" in record.metrics for record in records)
 
@@ -253,6 +270,7 @@ def test_training_twice_numbers_steps_anew_and_samples_the_first() -> None:
     (checkpoint / "rng_state.pth").unlink()  # the Trainer of 4.46 cannot read its own with torch 2.6 and newer
     trainer.train(resume_from_checkpoint=str(checkpoint))
     assert steps(trainer.args.output_dir) == [1, 4, 5, 8]
+    assert [record.step for record in probe.load(trainer.args.output_dir).records] == [1, 4, 5, 8]
 
 
 def test_detach_restores_everything() -> None:
@@ -306,6 +324,8 @@ def test_model_and_trainer_copy_and_pickle_while_attached() -> None:
                 copies["model"] = copy.deepcopy(model)
                 copies["trainer"] = copy.deepcopy(self.trainer)
                 copies["state"] = list(model.state_dict())
+                twin = copies["trainer"]
+                twin.callback_handler.on_train_end(twin.args, twin.state, twin.control)  # must not end the original's observation
 
     model = LLAMA.build(0)
     expected = list(model.state_dict())
@@ -315,6 +335,7 @@ def test_model_and_trainer_copy_and_pickle_while_attached() -> None:
     callback.trainer = trainer
     trainer.add_callback(callback)
     trainer.train()
+    assert steps(trainer.args.output_dir) == [1, 2]
     assert copies["state"] == expected
     assert list(pickle.loads(copies["pickled"]).state_dict()) == expected
     twin = copies["trainer"]
