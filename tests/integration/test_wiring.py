@@ -140,12 +140,25 @@ def test_headline_metrics_are_in_the_logs_that_integrations_see() -> None:
 
 
 def test_evaluation_logs_stay_as_they_are() -> None:
-    """No probe key enters an evaluation log or the summary at the end."""
+    """No probe key enters an evaluation log or the summary at the end, nor what integrations are given of them."""
+    seen: list[dict[str, Any]] = []
+
+    class Integration(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+            seen.append(dict(logs))
+
     result = run(
-        LLAMA, attach=lambda model: probe.attach(model, every=1), max_steps=4, eval_strategy="steps", eval_steps=2, logging_steps=3
+        LLAMA,
+        attach=lambda model: probe.attach(model, every=1),
+        built=lambda trainer: trainer.add_callback(Integration()),
+        max_steps=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        logging_steps=3,
     )
     others = [entry for entry in result.log_history if "loss" not in entry]
-    assert len(others) == 3
+    others += [logs for logs in seen if "loss" not in logs]
+    assert len(others) == 6
     assert not any(name.startswith("probe/") for entry in others for name in entry)
 
 
