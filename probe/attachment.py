@@ -127,6 +127,8 @@ class Probe:
         except Exception as error:
             self._failed(error)
             return
+        if session.observation.window.closed:
+            self.sightings.failures.append(session.observation.window.closed)
         self._sites = session.observation.discovery.sites
         self._trainer_session = weakref.ref(session)
 
@@ -187,10 +189,10 @@ class Probe:
             session.close()
         self._trainer_session = self._loop = None
 
-    def _keep(self, record: StepRecord) -> None:
+    def _keep(self, record: StepRecord, seen: bool) -> None:
         self.last = record
         self.sightings.steps += 1
-        self.sightings.forwards = self.sightings.forwards or bool(record.inputs and record.inputs.micro_batches)
+        self.sightings.forwards = self.sightings.forwards or seen
 
     def _failed(self, error: Exception) -> None:
         reason = f"{type(error).__name__}: {error}"

@@ -46,6 +46,7 @@ class Measured:
 
     step: int
     transfer: Transfer
+    forwards: int
     kept: dict[str, Tensor]
 
 
@@ -84,7 +85,7 @@ class Observation:
         keep = {name for kept in options.keep for name in (kept, f"{prefix}.{kept}")}
         self._observers = _observers(model, self.discovery, keep, options.settings, self.breaker)
         self._parts = [*(observer.name for observer in self._observers), "packing"]
-        step_cell = Cell("step", counts=("ranks", *(f"failed:{part}" for part in self._parts)))
+        step_cell = Cell("step", counts=("ranks", "micro_batches", *(f"failed:{part}" for part in self._parts)))
         self._layout = make_layout([step_cell, *(cell for observer in self._observers for cell in observer.cells())])
         _check_budget(options, fixed_bytes(self._layout.cells))
         sites = {site.name: site for site in self.discovery.sites.sites}
@@ -144,19 +145,19 @@ class Observation:
         if step is None:
             return None
         failed = [float(self.breaker.is_off(part)) for part in self._parts]
-        totals.add("step", counts=[1.0, *failed])
+        totals.add("step", counts=[1.0, float(len(self.buffer.micro_batches)), *failed])
         device = self.ranks.device(next((p.device for p in self._model.parameters()), torch.device("cpu")))
         packed = None
         with self.breaker.guard("packing"):
             packed = pack(totals, self._layout, device=device)
         if packed is None:
             nothing = Totals(self._layout.cells)
-            nothing.add("step", counts=[0.0, *failed[:-1], 1.0])  # this rank's numbers are not in, and the others are told why
+            nothing.add("step", counts=[0.0, 0.0, *failed[:-1], 1.0])  # this rank's numbers are not in, and the others are told why
             packed = pack(nothing, self._layout, device=device)
         sums, maxima = packed
         if self.ranks.world > 1 and self.ranks.merged:
             self.ranks.reduce(sums, maxima)
-        return Measured(step, Transfer(totals, self._layout, sums, maxima), self.buffer.kept())
+        return Measured(step, Transfer(totals, self._layout, sums, maxima), len(self.buffer.micro_batches), self.buffer.kept())
 
     def record(self, measured: Measured) -> StepRecord:
         """Return the record of a step. Waits for its numbers if they are still under way.

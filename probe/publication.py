@@ -28,7 +28,7 @@ class Publisher:
         folder: RunFolder | None,
         terminal: TerminalSink | None,
         sections: Callable[[int], Sequence[Show]],
-        keep: Callable[[StepRecord], None],
+        keep: Callable[[StepRecord, bool], None],
         write_kept: bool = False,
     ) -> None:
         """Publish records of ``observation``.
@@ -38,7 +38,7 @@ class Publisher:
             folder: Where they are written, or ``None``.
             terminal: Where sections are shown, or ``None``.
             sections: Gives, for the number of a step, what shows a section of it.
-            keep: Takes the newest record.
+            keep: Takes the newest record, and whether any training forward was seen in its step.
             write_kept: Whether kept tensors are written to the folder.
         """
         self._observation = observation
@@ -61,7 +61,7 @@ class Publisher:
         for measured in waiting:
             with self._breaker.guard("record"):
                 record = self._observation.record(measured)
-                self._keep(record)
+                self._keep(record, measured.forwards > 0)
                 self._unlogged = record
                 self._write(record, measured)
                 self._show(record)

@@ -36,6 +36,7 @@ def attention(draft: Draft) -> tuple[Attention, ...]:
     _name_unobserved(draft, sites, rows)
     uncalled = "no attention layer was called in any training forward of this step"
     none = uncalled if sites else draft.run.sites.missing.get("attention", "the model has no attention layer that was recognised")
+    none = draft.blind.get("attention", none)
     why = "; ".join(sorted({draft.host.reasons.get(attention_cell(row.site), "") for row in rows} - {""})) or none
     for what in _OVERALL:
         unknown = f"which keys are padding is known for no layer ({why})" if what == "padding" and rows else why
@@ -97,6 +98,8 @@ def _name_unobserved(draft: Draft, sites: Sequence[Site], rows: Sequence[Attenti
 
 
 def _why_no_modality(draft: Draft, joint: Sequence[Attention], rows: Sequence[Attention]) -> str:
+    if "attention" in draft.blind:
+        return draft.blind["attention"]
     if not joint:
         if any(row.kind == "cross" for row in rows):
             return "text and audio are never in one sequence: the decoder reads the audio through cross-attention"

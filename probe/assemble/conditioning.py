@@ -9,7 +9,6 @@ from probe.assemble.draft import Draft, PartFacts, ratio
 from probe.assemble.inputs import audio_codes, placeholder_counts
 from probe.capture.observers.branches import branch_cell
 from probe.capture.observers.gradients import OUTPUT_CELL, part_cell
-from probe.capture.observers.inputs import CELL as INPUTS
 from probe.capture.observers.loss import CELL as LOSS
 from probe.records import Branches, Conditioning, Optimisation, Part, SiteStatistics
 from probe.sites.batch import AUDIO_CODES
@@ -19,52 +18,63 @@ def conditioning(draft: Draft, found: Sequence[SiteStatistics]) -> Conditioning:
     """Return the conditioning row, and enter the ``probe/audio_encoder/…`` and ``probe/projector/…`` metrics."""
     encoders = [row for row in found if row.role == "audio_encoder"]
     projectors = [row for row in found if row.role == "projector"]
-    micro_batches = int(draft.host.cells[INPUTS.name].counts["micro_batches"])
+    micro_batches = int(draft.count("step", "micro_batches"))
     gradient = _output_gradient(draft)
     if encoders:
         _encoder_metrics(draft, encoders[0], gradient)
     else:
         draft.reasons.setdefault("audio_encoder", draft.run.sites.missing.get("audio_encoder", "no audio encoder was found"))
     if projectors:
-        draft.measure("probe/projector/rms", projectors[0].rms, _why(projectors[0]))
+        draft.measure("probe/projector/rms", projectors[0].rms, _why(draft, projectors[0]))
     calls = encoders[0].calls if encoders else 0
     codes, tokens = audio_codes(draft), tuple(placeholder_counts(draft))
     if codes is None:
         draft.reasons.setdefault("conditioning/audio_codes", _why_no_codes(draft))
     if not tokens:
-        named = "the config names no audio token ids" if not draft.run.facts.audio_tokens else "no input_ids among the inputs"
+        named = draft.blind.get("inputs") or _why_no_tokens(draft)
         draft.reasons.setdefault("conditioning/tokens", named)
     return Conditioning(
         encoder=encoders[0].site if encoders else "",
         encoder_calls=calls,
-        micro_batches_without_encoder=max(0, micro_batches - calls) if encoders else 0,
+        micro_batches_without_encoder=max(0, micro_batches - calls) if encoders and "statistics" not in draft.blind else 0,
         output_gradient_norm=gradient if encoders else None,
         audio_codes=codes,
         tokens=tokens,
     )
 
 
+def _why_no_tokens(draft: Draft) -> str:
+    return "no input_ids among the inputs" if draft.run.facts.audio_tokens else "the config names no audio token ids"
+
+
 def _why_no_codes(draft: Draft) -> str:
+    if "inputs" in draft.blind:
+        return draft.blind["inputs"]
     if not draft.run.facts.codebooks:
         return "the config has no audio codebooks"
     return f"no input holds codes of {draft.run.facts.codebooks} codebooks (looked for {', '.join(AUDIO_CODES)})"
 
 
-def _why(row: SiteStatistics) -> str:
+def _why(draft: Draft, row: SiteStatistics) -> str:
     if row.calls == 0:
-        return f"{row.site} was not called in any training forward of this step"
+        return draft.blind.get("statistics", f"{row.site} was not called in any training forward of this step")
     return f"{row.nonfinite} NaN or Inf values in the output of {row.site}" if row.nonfinite else f"the output of {row.site} is empty"
 
 
 def _encoder_metrics(draft: Draft, row: SiteStatistics, gradient: float | None) -> None:
-    why = _why(row)
+    why = _why(draft, row)
     many = why if not row.calls or row.nonfinite else f"its output has the shape {row.shape}: "
-    draft.measure("probe/audio_encoder/calls", float(row.calls), why)
+    unseen = not row.calls and "statistics" in draft.blind
+    draft.measure("probe/audio_encoder/calls", None if unseen else float(row.calls), why)
     draft.measure("probe/audio_encoder/nonfinite", float(row.nonfinite) if row.calls else None, why)
     draft.measure("probe/audio_encoder/rms", row.rms, why)
     draft.measure("probe/audio_encoder/time_std", row.time_std, many if many is why else many + "no time dimension of at least two frames")
     draft.measure("probe/audio_encoder/batch_std", row.batch_std, many if many is why else many + "no batch of at least two clips")
-    no_gradient = why if not row.calls else draft.host.reasons.get("encoder_output_gradient", "no backward reached the encoder's output")
+    no_gradient = (
+        why
+        if not row.calls
+        else draft.host.reasons.get("encoder_output_gradient", draft.blind.get("gradients", "no backward reached the encoder's output"))
+    )
     draft.measure("probe/audio_encoder/gradient_norm", gradient, no_gradient)
 
 
@@ -80,12 +90,13 @@ def _output_gradient(draft: Draft) -> float | None:
 def branches(draft: Draft) -> tuple[Branches, ...]:
     """Return token counts of every layer with separate feed-forward branches, and enter the share of each branch."""
     layers: dict[str, dict[str, int]] = {}
-    for site in draft.run.sites.of("feed_forward"):
+    for site in draft.run.sites.of("feed_forward") if "branches" not in draft.blind else ():
         tokens = draft.count(branch_cell(site.name), "tokens")
         layers.setdefault(site.name.rpartition(".")[0], {})[site.modality or "text"] = int(tokens)
     rows = tuple(Branches(layer, tokens.get("text", 0), tokens.get("audio", 0)) for layer, tokens in layers.items())
     text, audio = sum(row.text_tokens for row in rows), sum(row.audio_tokens for row in rows)
     why = "no token reached either branch" if rows else "no decoder layer has separate feed-forward branches for text and audio"
+    why = draft.blind.get("branches", why)
     draft.measure("probe/feed_forward/text_token_share", ratio(text, text + audio), why)
     draft.measure("probe/feed_forward/audio_token_share", ratio(audio, text + audio), why)
     return rows
@@ -115,7 +126,8 @@ def _part(draft: Draft, part: PartFacts) -> Part:
     squares, missing = maxima["sum_of_squares"], maxima["without_gradient"]
     read = squares != -math.inf
     norm = math.sqrt(squares) if read and squares >= 0 else math.nan if read else None
-    why = draft.host.reasons.get(f"probe/grad/{part.name}/norm", "training_step did not end with a complete backward")
+    incomplete = draft.blind.get("gradients", "training_step did not end with a complete backward")
+    why = draft.host.reasons.get(f"probe/grad/{part.name}/norm", incomplete)
     value = draft.measure(f"probe/grad/{part.name}/norm", norm, why)
     return Part(part.name, part.elements, ratio(part.trainable, part.elements) or 0.0, int(missing) if read else None, value)
 
@@ -125,7 +137,7 @@ def optimisation(draft: Draft) -> Optimisation:
     values = draft.host.cells[LOSS.name]
     ranks = draft.count("step", "ranks")
     total = ratio(values.sums["loss"], ranks) if values.counts["micro_batches"] else None
-    why = draft.host.reasons.get("probe/loss", "no training_step returned a loss in this step")
+    why = draft.host.reasons.get("probe/loss", draft.blind.get("loss", "no training_step returned a loss in this step"))
     loss = draft.measure("probe/loss", total, why)
     rates = tuple(draft.host.facts.get("learning_rates", ()))
     draft.measure("probe/learning_rate", rates[0] if rates else None, "the optimizer's learning rates are not known on the host")

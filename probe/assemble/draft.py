@@ -41,12 +41,17 @@ class RunContext:
 
 @dataclass(slots=True)
 class Draft:
-    """Metrics and reasons gathered so far for one step."""
+    """Metrics and reasons gathered so far for one step.
+
+    ``blind`` says, by observer, why it saw nothing (an error switched it off, or the model is compiled and left alone): then a count
+    of 0 is no measurement, and "was not called" would be untrue.
+    """
 
     host: HostStep
     run: RunContext
     metrics: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
+    blind: Mapping[str, str] = field(default_factory=dict)
 
     def measure(self, name: str, value: float | None, why: str) -> float | None:
         """Enter a metric, or the reason why there is none. NaN and infinities are never entered: they are named.

@@ -14,9 +14,15 @@ from probe.measure.statistics import COLUMNS_MAXIMA, COLUMNS_SUMS, finish
 from probe.records import AudioSegment, Inputs, InputSample, InputTensor
 from probe.sites.batch import AUDIO_FEATURES
 
+_METRICS = ("samples", "padding_share", "labels_masked_share", "ids_outside_vocabulary", "audio_clips", "audio_clips_constant")
 
-def inputs(draft: Draft) -> Inputs:
-    """Return the input tables, and enter the metrics over all micro-batches and ranks."""
+
+def inputs(draft: Draft) -> Inputs | None:
+    """Return the input tables, and enter the metrics over all micro-batches and ranks; ``None`` if no input was looked at."""
+    if "inputs" in draft.blind:
+        for name in _METRICS:
+            draft.measure(f"probe/input/{name}", None, draft.blind["inputs"])
+        return None
     values = draft.host.cells[CELL.name]
     counts, sums = values.counts, values.sums
     draft.measure("probe/input/samples", counts["samples"] or None, "no training forward of the model was seen in this step")
@@ -28,8 +34,9 @@ def inputs(draft: Draft) -> Inputs:
     masked = draft.measure(
         "probe/input/labels_masked_share", ratio(sums["labels_masked"], counts["label_positions"]), "no text labels (B, S) among the inputs"
     )
-    outside = None if draft.run.facts.vocabulary is None else sums["ids_outside"]
-    draft.measure("probe/input/ids_outside_vocabulary", outside, "the model has no input embedding whose rows could be counted")
+    unknown = draft.run.facts.vocabulary is None
+    no_ids = "the model has no input embedding whose rows could be counted" if unknown else "no input_ids among the inputs"
+    outside = draft.measure("probe/input/ids_outside_vocabulary", sums["ids_outside"] if counts["ids"] and not unknown else None, no_ids)
     clips = counts["clips"] if any(name in draft.host.facts.get("inputs", {}) for name in AUDIO_FEATURES) or counts["clips"] else None
     none = f"no audio features among the inputs (looked for {', '.join(AUDIO_FEATURES)})"
     if counts["batches_without_clips"]:
@@ -38,7 +45,7 @@ def inputs(draft: Draft) -> Inputs:
     draft.measure("probe/input/audio_clips", clips, none)
     constant = draft.measure("probe/input/audio_clips_constant", sums["clips_constant"] if clips is not None else None, none)
     return Inputs(
-        micro_batches=int(counts["micro_batches"]),
+        micro_batches=int(draft.count("step", "micro_batches")),
         samples=int(counts["samples"]),
         tensors=tuple(_tensors(draft)),
         shown=tuple(_samples(draft)),

@@ -24,7 +24,8 @@ def statistics(draft: Draft) -> tuple[SiteStatistics, ...]:
             continue
         row = _site(draft, site)
         if row.calls == 0:
-            draft.reasons.setdefault(f"site:{site.name}", f"{site.role} was not called in any training forward of this step")
+            uncalled = f"{site.role} was not called in any training forward of this step"
+            draft.reasons.setdefault(f"site:{site.name}", draft.blind.get("statistics", uncalled))
         elif row.nonfinite:
             draft.reasons.setdefault(f"site:{site.name}", f"{row.nonfinite} NaN or Inf values in its output")
         found.append(row)
@@ -98,6 +99,8 @@ def _why_not(draft: Draft, modality: Modality, sites: Sequence[Site], sums: dict
     """Say why a modality has no accuracy (used only where it has none)."""
     if not sites:
         return f"the model has no {modality} head"
+    if "heads" in draft.blind:
+        return draft.blind["heads"]
     known = [draft.host.reasons[f"head:{s.name}"] for s in sites if f"head:{s.name}" in draft.host.reasons]
     if known:
         return known[0]

@@ -13,6 +13,7 @@ from probe.assemble.outputs import heads, statistics
 from probe.merge.packing import HostStep
 from probe.records import StepRecord
 
+_BY_HOOKS = ("inputs", "statistics", "heads", "attention", "branches")
 _ROLES_WORTH_NAMING = ("audio_encoder", "projector", "attention", "lm_head")
 
 
@@ -25,10 +26,12 @@ def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[st
         run: What is known of the whole run.
         failures: Parts of the probe that an error has switched off, and why.
     """
-    draft = Draft(host, run)
+    closed = host.reasons.get("model")
+    blind = {**(dict.fromkeys(_BY_HOOKS, closed) if closed else {}), **failures}
+    draft = Draft(host, run, blind=blind)
     draft.reasons.update(run.reasons)
     draft.reasons.update({role: run.sites.missing[role] for role in _ROLES_WORTH_NAMING if role in run.sites.missing})
-    draft.reasons.update(failures)
+    draft.reasons.update(blind)
     tables = statistics(draft)
     record = StepRecord(
         step=step,

@@ -45,6 +45,8 @@ def _encoder(record: StepRecord, row: SiteStatistics | None, reasons: Reasons) -
     name = row.site if row is not None else conditioning.encoder if conditioning is not None else ""
     if not name and row is None:
         return [Fact("Audio encoder", reasons.missing("audio_encoder", "conditioning", "probe/audio_encoder"), "missing")]
+    if "statistics" in record.not_measured and not (row is not None and row.calls):
+        return [Fact("Audio encoder", f"{name}, {reasons.missing('statistics')}", "missing")]
     calls = row.calls if row is not None else conditioning.encoder_calls if conditioning is not None else 0
     facts = [_calls(name, calls, record)]
     if not calls:

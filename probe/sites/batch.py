@@ -24,7 +24,7 @@ def audio_features(inputs: Mapping[str, Any]) -> tuple[str, Tensor] | None:
 
 def audio_codes(inputs: Mapping[str, Any], *, codebooks: int) -> Iterator[tuple[str, Tensor, Tensor | None]]:
     """Yield name, codes and mask of each input that holds discrete audio codes, (B, F, K) or (K, n) for K codebooks."""
-    for name in AUDIO_CODES:
+    for name in AUDIO_CODES if codebooks else ():
         tensor = inputs.get(name)
         if isinstance(tensor, Tensor) and not tensor.is_floating_point() and tensor.dim() >= 2 and codebooks in tensor.shape:
             mask = inputs.get(AUDIO_CODE_MASKS.get(name, ""))

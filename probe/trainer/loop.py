@@ -33,7 +33,7 @@ class LoopSession:
         options: Options,
         *,
         shows: Sequence[Show],
-        keep: Callable[[StepRecord], None],
+        keep: Callable[[StepRecord, bool], None],
         terminal: TerminalSink,
     ) -> None:
         """Find the sites; see :class:`probe.trainer.session.TrainerSession` for the arguments. ``shows`` give the sections."""

@@ -50,7 +50,7 @@ class TrainerSession:
         *,
         attached: nn.Module,
         missing: Sequence[RecordCallback],
-        keep: Callable[[StepRecord], None],
+        keep: Callable[[StepRecord, bool], None],
         terminal: TerminalSink,
     ) -> None:
         """Find the sites on the model as it is trained, then wire the Trainer.

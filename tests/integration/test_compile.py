@@ -75,6 +75,9 @@ def test_off_leaves_a_compiled_model_alone_and_says_why() -> None:
     last = records(observed)[-1]
     assert "compile='off'" in last.not_measured["model"]
     assert "probe/text/loss" not in last.metrics
+    assert "compile='off'" in last.not_measured["probe/text/loss"]
+    assert "compile='off'" in last.not_measured["site:lm_head"]
+    assert not [why for why in last.not_measured.values() if "not called" in why]
     assert last.metrics["probe/loss"] == pytest.approx(observed.losses[-1], abs=1e-4)
     assert "probe/grad/norm" in last.metrics
 

@@ -83,6 +83,51 @@ def test_an_error_in_any_observer_switches_that_one_off(
     assert ("probe/text/loss" if watcher is InputWatcher else "probe/input/samples") in last.metrics
 
 
+@pytest.mark.parametrize(
+    ("watcher", "method", "part"),
+    [
+        (InputWatcher, "enter", "inputs"),
+        (StatisticsWatcher, "leave", "statistics"),
+        (HeadWatcher, "leave", "heads"),
+        (AttentionWatcher, "enter", "attention"),
+        (BranchWatcher, "enter", "branches"),
+    ],
+)
+def test_a_part_that_is_off_does_not_pass_for_nothing_seen(
+    watcher: type, method: str, part: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What an observer did not see because it is off is never told as "not called", 0 tokens or no forward: the reason is its error."""
+    monkeypatch.setattr(watcher, method, failing(ValueError))
+    case = CASES["original"]
+    observed = run(case, attach=lambda model: probe.attach(model, every=1), max_steps=2)
+    observed.attached.detach()
+    last = records(observed)[-1]
+    untrue = ("not called", "no token reached", "no audio features", "no input", "without it", "names no audio")
+    gone = {
+        "inputs": "probe/input/samples",
+        "statistics": "probe/audio_encoder/rms",
+        "heads": "probe/text/loss",
+        "attention": "probe/attention/entropy",
+        "branches": "probe/feed_forward/text_token_share",
+    }[part]
+    assert gone not in last.metrics
+    assert "ValueError" in last.not_measured[gone]
+    layerdrop = {what for what in last.not_measured if what.startswith("site:")} if part != "statistics" else set()
+    assert not [what for what, why in last.not_measured.items() if what not in layerdrop and any(word in why for word in untrue)]
+    assert "probe/audio_encoder/calls" not in last.metrics or part != "statistics"
+    out = capsys.readouterr().out
+    assert "no training forward was seen" not in out
+    assert ", not called" not in out
+
+
+def test_ids_are_not_counted_where_there_are_none() -> None:
+    """Whisper has no input_ids: no number stands for "none outside the vocabulary", and the reason is there."""
+    (record,) = records(run(WHISPER, attach=lambda model: probe.attach(model, every=1), max_steps=1))
+    assert record.not_measured["probe/input/ids_outside_vocabulary"] == "no input_ids among the inputs"
+    assert "probe/input/ids_outside_vocabulary" not in record.metrics
+    assert record.inputs.ids_outside_vocabulary is None
+
+
 def test_an_error_in_a_gradient_hook_stays_out_of_the_backward(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The hook on the encoder's output runs inside the user's backward: its error must not reach it."""
     plain = run(WHISPER, max_steps=2)

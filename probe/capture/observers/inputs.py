@@ -23,8 +23,8 @@ SHOWN_TOKENS = 8192
 SHOWN_CLIPS = 16
 CELL = Cell(
     "inputs",
-    counts=("micro_batches", "samples", "tokens", "label_positions", "clips", "batches_without_clips"),
-    sums=("padding", "labels_masked", "ids_outside", "clips_constant", "audio_codes"),
+    counts=("samples", "ids", "tokens", "label_positions", "clips", "batches_without_clips"),
+    sums=("padding", "labels_masked", "ids_outside", "clips_constant"),
 )
 CODES = Cell("audio_codes", counts=("batches",), sums=("positions",))
 
@@ -105,8 +105,8 @@ class InputWatcher(Watcher):
             positions = codes.new_full((), codes.numel() // self._facts.codebooks) if code_mask is None else code_mask.sum()
             buffer.totals.add(CODES.name, counts=(1,), sums=positions.double().reshape(1))
         counts = (
-            1,
             samples_in(inputs),
+            ids.numel() if isinstance(ids, Tensor) else 0,
             tokens,
             labels[1].numel() if labels is not None else 0,
             features[1].shape[0] if features is not None else 0,
