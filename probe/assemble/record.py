@@ -26,7 +26,7 @@ def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[st
         run: What is known of the whole run.
         failures: Parts of the probe that an error has switched off, and why.
     """
-    closed = host.reasons.get("model")
+    closed = host.reasons.get("model") or failures.get("hooks")
     blind = {**(dict.fromkeys(_BY_HOOKS, closed) if closed else {}), **failures}
     draft = Draft(host, run, blind=blind)
     draft.reasons.update(run.reasons)

@@ -120,6 +120,15 @@ def test_a_part_that_is_off_does_not_pass_for_nothing_seen(
     assert ", not called" not in out
 
 
+def test_hooks_that_cannot_be_registered_are_the_reason_for_all_that_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If no hook could be registered, that is said wherever a number is missing; the loss is still measured."""
+    monkeypatch.setattr("probe.capture.hooks.HookSet.register", failing(ValueError))
+    (record,) = records(run(LLAMA, attach=lambda model: probe.attach(model, every=1), max_steps=1))
+    for name in ("probe/text/loss", "probe/attention/entropy", "probe/input/samples", "site:lm_head"):
+        assert "ValueError: made to fail" in record.not_measured[name]
+    assert "probe/loss" in record.metrics
+
+
 def test_ids_are_not_counted_where_there_are_none() -> None:
     """Whisper has no input_ids: no number stands for "none outside the vocabulary", and the reason is there."""
     (record,) = records(run(WHISPER, attach=lambda model: probe.attach(model, every=1), max_steps=1))
