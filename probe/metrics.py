@@ -64,7 +64,7 @@ def markdown_table() -> str:
     lines = [
         "# Metrics",
         "",
-        "Generated from `probe/catalogue.py` (`python -m probe.metrics > docs/metrics.md`); do not edit.",
+        "Generated from `probe/catalogue/` (`python -m probe.metrics > docs/metrics.md`); do not edit.",
         "",
         about,
         "",

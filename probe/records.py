@@ -140,7 +140,9 @@ class Accuracy:
     """How well one head (or one codebook of it) predicted its labels, teacher-forced, over all labelled positions of the step.
 
     ``loss`` is the cross-entropy in nats per labelled token (no smoothing, no scaling); ``token_accuracy`` and ``top5_accuracy`` are
-    shares; ``entropy`` is the mean entropy of the predicted distribution in nats.
+    shares; ``entropy`` is the mean entropy of the predicted distribution in nats. ``calibration_error`` is the expected calibration
+    error over 15 equal bins of confidence. ``top_token_share`` is the share of the labelled positions at which each rank's most
+    frequent prediction was made; ``top_token`` is this rank's.
     """
 
     labelled: int
@@ -148,6 +150,9 @@ class Accuracy:
     token_accuracy: float | None = None
     top5_accuracy: float | None = None
     entropy: float | None = None
+    calibration_error: float | None = None
+    top_token_share: float | None = None
+    top_token: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,12 +185,25 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class HeadwiseAttention:
-    """Per attention head of one layer, on this rank: one value a head, in order."""
+    """Per attention head of one layer, on this rank: one value a head, in order; empty where it was not measured. As in ``Attention``."""
 
+    entropy: tuple[float, ...] = ()
     entropy_nats: tuple[float, ...] = ()
+    top: tuple[float, ...] = ()
+    effective_keys: tuple[float, ...] = ()
     first_token: tuple[float, ...] = ()
+    padding: tuple[float, ...] = ()
+    sink: tuple[float, ...] = ()
+    band: tuple[float, ...] = ()
+    distance: tuple[float, ...] = ()
+    monotonicity: tuple[float, ...] = ()
+    coverage: tuple[float, ...] = ()
+    text_to_text: tuple[float, ...] = ()
     text_to_audio: tuple[float, ...] = ()
+    text_to_reference: tuple[float, ...] = ()
     audio_to_text: tuple[float, ...] = ()
+    audio_to_audio: tuple[float, ...] = ()
+    audio_to_reference: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +212,10 @@ class Attention:
 
     ``how`` says where the probabilities came from ("materialised softmax", "recomputed from q and k"). ``rows`` is the number of
     (query, sample) pairs looked at; means are weighted by what each row stands for. ``entropy`` is relative to the logarithm of the
-    number of visible keys (0 … 1). ``first_token``, ``padding`` and the ``…_to_…`` values are probability masses.
+    number of visible keys (0 … 1). ``top`` is the largest probability of a row, ``effective_keys`` its 1 / Σp². ``first_token``,
+    ``padding``, ``sink`` (a learned sink that is no key), ``band`` (the diagonal band) and the ``…_to_…`` values are probability masses;
+    audio includes the reference. ``distance`` is the mean number of keys between query and key in self-attention. ``monotonicity``
+    (-1 … 1) and ``coverage`` (0 … 1) are of text rows over audio keys. Definitions: :mod:`probe.catalogue`.
     """
 
     site: str
@@ -206,13 +227,41 @@ class Attention:
     rows: int = 0
     entropy: float | None = None
     entropy_nats: float | None = None
+    top: float | None = None
+    effective_keys: float | None = None
     first_token: float | None = None
     padding: float | None = None
+    sink: float | None = None
+    band: float | None = None
+    distance: float | None = None
+    monotonicity: float | None = None
+    coverage: float | None = None
     text_to_text: float | None = None
     text_to_audio: float | None = None
+    text_to_reference: float | None = None
     audio_to_text: float | None = None
     audio_to_audio: float | None = None
+    audio_to_reference: float | None = None
     per_head: HeadwiseAttention | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LossAudit:
+    """The loss that was backpropagated against the one put together from the captured predictions and labels.
+
+    ``backpropagated`` and ``expected`` are over all micro-batches, averaged over ranks; ``ratio`` is the first by the second. ``logged``
+    is what the Trainer's log said of this very step (only with ``logging_steps=1``). ``reduction`` says in words how ``expected`` was
+    put together; ``standard_error`` is that of ``expected`` where only some rows of a head were evaluated (0: all were). ``causes``
+    explains, most telling first, what is off; empty when nothing is.
+    """
+
+    backpropagated: float | None = None
+    expected: float | None = None
+    ratio: float | None = None
+    logged: float | None = None
+    reduction: str = ""
+    standard_error: float = 0.0
+    causes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,4 +352,5 @@ class StepRecord:
     parts: tuple[Part, ...] = ()
     conditioning: Conditioning | None = None
     optimisation: Optimisation | None = None
+    loss_audit: LossAudit | None = None
     findings: tuple[Finding, ...] = ()
