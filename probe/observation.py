@@ -24,6 +24,7 @@ from probe.capture.observers.gradients import GradientWatcher, parts_of
 from probe.capture.observers.heads import HeadWatcher
 from probe.capture.observers.inputs import InputWatcher
 from probe.capture.observers.loss import LossWatcher
+from probe.capture.observers.modality import ModalityWatcher
 from probe.capture.observers.statistics import StatisticsWatcher
 from probe.capture.totals import Totals
 from probe.capture.window import Window
@@ -190,6 +191,7 @@ def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settin
         InputWatcher(found.facts, keep_text=settings.keep_text),
         StatisticsWatcher(sites, keep=keep),
         HeadWatcher(sites, found.facts, keep_text=settings.keep_text),
+        ModalityWatcher(sites, found.facts),
         AttentionWatcher(sites, found.facts, breaker, rows=settings.attention_rows),
         BranchWatcher(sites),
         GradientWatcher(parts_of(model, sites, found.modules), sites, breaker),

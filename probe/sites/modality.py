@@ -1,4 +1,4 @@
-"""Which token is which modality: text, audio or padding, from what the model was given or what it returned.
+"""Which token is which modality: text, audio, reference audio or padding, from what the model was given or what it returned.
 
 Every function returns an int8 tensor of codes on the model's device, or ``None`` where the data does not tell. Nothing here waits for
 the device; temporaries are of the size of the tokens (of one float a frame for audio features).
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 PADDING = 0
 TEXT = 1
 AUDIO = 2
+REFERENCE = 3
+"""Audio that a model which predicts audio is given and does not predict; whatever asks for audio at all asks for ``>= AUDIO``."""
 
 _OUTPUT_AUDIO_MASKS = ("audio_in_mask", "audio_out_mask", "audio_in_discrete_codes_mask")
 _FEATURES = ("input_features", "audio_features")
