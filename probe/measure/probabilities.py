@@ -1,6 +1,7 @@
-"""Attention probabilities before dropout for chosen query rows: gathered from a softmax, or recomputed from q and k.
+"""Attention probabilities before dropout for chosen query rows: recomputed from q and k, or gathered from the model's own softmax.
 
-Shapes: B batch, S tokens (queries), K keys, H query heads, h key heads, G = H / h, D width, R sampled rows a sample; m is 1 or H.
+Shapes: B batch, S tokens (queries), K keys, H query heads, h key heads, G = H / h, D width, R sampled rows a sample, N = G * R. In a block
+b samples, h heads and r rows.
 """
 
 from __future__ import annotations
@@ -9,26 +10,245 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-CHUNK_BYTES = 8 * 2**20
-_MASKED_SCORE = -1e8
+from probe.measure import blocks
+from probe.measure.blocks import NotObservable, RowBlock, RowSource, check_rows, plan
+from probe.measure.masks import allowed, check_masks, differs_by_head, mask_rows, visible_rows
+from probe.measure.scores import Scores
+
+__all__ = [
+    "CHUNK_BYTES",
+    "FromScores",
+    "FromSoftmax",
+    "NotObservable",
+    "RowBlock",
+    "RowProbabilities",
+    "RowSource",
+    "allowed",
+    "rows_from_sdpa",
+    "rows_from_softmax",
+]
+
+_MASK_BYTES = 8  # of one head's mask function at one (row, key) pair: an int64 on the way to a bool
 
 
-class NotObservable(Exception):  # noqa: N818  (a finding about the model, not a fault)
-    """An attention call whose probabilities cannot be had; the message says why, in words for a report."""
+@dataclass(frozen=True, slots=True)
+class FromScores:
+    """Rows recomputed from what the kernel was given, whatever kernel it is.
+
+    Computed in float32 (float64 for float64 input); where TF32 is allowed, float32 q and k are multiplied in TF32, as the kernels do
+    (bfloat16 and float16 lose nothing by it). A side of ``window`` that is negative hides nothing. With sinks, a row that sees no key
+    is 0 in the sink, too.
+
+    Raises:
+        NotObservable: q or k is not 4-D or is nested, their shapes do not fit, or a mask is of an unknown kind or shape.
+    """
+
+    scores: Scores
+
+    def __post_init__(self) -> None:
+        """Check everything that the host can check."""
+        _check_shapes(self.scores.q_BHSD, self.scores.k_BhKD)
+        check_masks(self.scores)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, S, K)."""
+        return self.scores.shape
+
+    @property
+    def device(self) -> torch.device:
+        """The queries' device."""
+        return self.scores.q_BHSD.device
+
+    @property
+    def how(self) -> str:
+        """As the scores say."""
+        return self.scores.how
+
+    @property
+    def sinks(self) -> int:
+        """1 where the layer has learned sinks."""
+        return int(self.scores.sinks_H is not None)
+
+    def visible(self, index_BR: Tensor) -> Tensor:
+        """Return bool (B, R, K), see :class:`~probe.measure.blocks.RowSource`; its memory is that of the result and of one block."""
+        index_BR = check_rows(index_BR, self.shape)
+        samples, heads, _, keys = self.shape
+        by_head = differs_by_head(self.scores)
+        chunks = list(plan(samples, heads if by_head else 1, index_BR.shape[1], keys, element_bytes=_MASK_BYTES))
+        with torch.no_grad():
+            if len(chunks) == 1:
+                return visible_rows(self.scores, index_BR, slice(0, samples), slice(0, heads))
+            visible_BRK = torch.zeros((*index_BR.shape, keys), dtype=torch.bool, device=index_BR.device)
+            for b, h, r in chunks:
+                visible_BRK[b, r] |= visible_rows(self.scores, index_BR[b, r], b, h if by_head else slice(0, heads))
+        return visible_BRK
+
+    def blocks(self, index_BR: Tensor) -> Iterator[RowBlock]:
+        """Yield the rows, see :class:`~probe.measure.blocks.RowSource`; float32 (b, h, r, K or K + 1)."""
+        index_BR = check_rows(index_BR, self.shape)
+        samples, heads, _, keys = self.shape
+        group = heads // self.scores.k_BhKD.shape[1]
+        wide = 2 if self.scores.q_BHSD.dtype == torch.float64 else 1
+        for b, h, r in plan(samples, heads, index_BR.shape[1], keys, group=group, element_bytes=wide * blocks.ELEMENT_BYTES):
+            yield RowBlock(b, h, r, self._probabilities(index_BR[b, r], b, h))
+
+    def _probabilities(self, index_br: Tensor, b: slice, h: slice) -> Tensor:
+        """Return p of one block. No generator: what a generator enters stays entered where its consumer runs."""
+        given = self.scores
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            scores_bhrK = _products(given, index_br, b, h)
+            if given.softcap is not None:
+                scores_bhrK = scores_bhrK.div_(given.softcap).tanh_().mul_(given.softcap)
+            bias, may = mask_rows(given, index_br, b, h)
+            if bias is not None:
+                scores_bhrK += bias
+            if may is not None:
+                scores_bhrK.masked_fill_(~may, float("-inf"))
+            if given.sinks_H is not None:
+                sink_1h11 = given.sinks_H.detach()[h].to(scores_bhrK.dtype)[None, :, None, None]
+                scores_bhrK = torch.cat((scores_bhrK, sink_1h11.expand(*scores_bhrK.shape[:3], 1)), -1)
+            p = torch.softmax(scores_bhrK, -1).float()
+            return p if may is None else p.masked_fill_(~may.any(-1, keepdim=True), 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class FromSoftmax:
+    """Rows of the softmax that the model itself computed.
+
+    Attributes:
+        scores_BHSK: What went into the softmax, masks added: tells which keys a row may see.
+        weights_BHSK: What came out, in the model's dtype.
+        sinks: How many columns at the end are learned sinks and no keys; they are handed over as one.
+
+    Raises:
+        NotObservable: the two differ in shape, are not 4-D, or hold nothing but sinks.
+    """
+
+    scores_BHSK: Tensor
+    weights_BHSK: Tensor
+    sinks: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the shapes."""
+        if self.weights_BHSK.dim() != 4 or self.scores_BHSK.shape != self.weights_BHSK.shape:
+            shapes = f"scores {tuple(self.scores_BHSK.shape)}, weights {tuple(self.weights_BHSK.shape)}"
+            raise NotObservable(f"{shapes}: expected (batch, heads, queries, keys)")
+        if not 0 <= self.sinks <= self.weights_BHSK.shape[3]:
+            raise NotObservable(f"{self.sinks} sinks in weights of shape {tuple(self.weights_BHSK.shape)}")
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """(B, H, S, K), K without the sinks."""
+        samples, heads, queries, columns = self.weights_BHSK.shape
+        return samples, heads, queries, columns - self.sinks
+
+    @property
+    def device(self) -> torch.device:
+        """The weights' device."""
+        return self.weights_BHSK.device
+
+    @property
+    def how(self) -> str:
+        """Always the same words."""
+        return "materialised softmax"
+
+    def visible(self, index_BR: Tensor) -> Tensor:
+        """Return bool (B, R, K), see :class:`~probe.measure.blocks.RowSource`; its memory is that of the result and of one block."""
+        index_BR = check_rows(index_BR, self.shape)
+        visible_BRK = torch.zeros((*index_BR.shape, self.shape[3]), dtype=torch.bool, device=self.device)
+        with torch.no_grad():
+            for b, h, r in self._plan(index_BR):
+                visible_BRK[b, r] |= allowed(self._rows(self.scores_BHSK, index_BR[b, r], b, h)[..., : self.shape[3]]).any(1)
+        return visible_BRK
+
+    def blocks(self, index_BR: Tensor) -> Iterator[RowBlock]:
+        """Yield the rows, see :class:`~probe.measure.blocks.RowSource`; float32 (b, h, r, K or K + 1)."""
+        index_BR = check_rows(index_BR, self.shape)
+        for b, h, r in self._plan(index_BR):
+            yield RowBlock(b, h, r, self._probabilities(index_BR[b, r], b, h))
+
+    def _plan(self, index_BR: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+        samples, heads, _, keys = self.shape
+        return plan(samples, heads, index_BR.shape[1], keys)
+
+    def _probabilities(self, index_br: Tensor, b: slice, h: slice) -> Tensor:
+        """Return p of one block; a row whose scores hide every key (a uniform softmax) becomes 0."""
+        keys = self.shape[3]
+        with torch.no_grad():
+            p = self._rows(self.weights_BHSK, index_br, b, h).float()
+            if self.sinks > 1:
+                p = torch.cat((p[..., :keys], p[..., keys:].sum(-1, keepdim=True)), -1)
+            may = allowed(self._rows(self.scores_BHSK, index_br, b, h)[..., :keys])
+            return p.masked_fill_(~may.any(-1, keepdim=True), 0.0)
+
+    def _rows(self, matrix_BHSK: Tensor, index_br: Tensor, b: slice, h: slice) -> Tensor:
+        part = matrix_BHSK.detach()[b, h]
+        return part.gather(2, index_br[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3]))
+
+
+def _check_shapes(q: Tensor, k: Tensor) -> None:
+    if q.is_nested or k.is_nested:
+        raise NotObservable("q or k is a nested tensor")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}"
+    if q.dim() != 4 or k.dim() != 4:
+        raise NotObservable(f"{shapes}: expected (batch, heads, length, width)")
+    if k.shape[0] not in (1, q.shape[0]) or k.shape[3] != q.shape[3]:
+        raise NotObservable(f"{shapes}: batch or width do not fit")
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise NotObservable(f"{shapes}: the heads do not fit")
+
+
+def _products(given: Scores, index_br: Tensor, b: slice, h: slice) -> Tensor:
+    """Return q @ k^T * scale of the rows, (b, h, r, K), in float32 (float64 for float64 input)."""
+    q_BHSD, k_BhKD = given.q_BHSD.detach(), given.k_BhKD.detach()
+    heads, width = q_BHSD.shape[1], q_BHSD.shape[3]
+    group = heads // k_BhKD.shape[1]
+    compute = torch.float64 if q_BHSD.dtype == torch.float64 else torch.float32
+    rounded = given.autocast_dtype if compute == torch.float32 else None
+    q_bhSD = q_BHSD[b, h]
+    q_bhrD = q_bhSD.gather(2, index_br[:, None, :, None].expand(-1, q_bhSD.shape[1], -1, width))
+    q_bhrD = _round(q_bhrD, rounded).to(compute) * (width**-0.5 if given.scale is None else given.scale)
+    shared = slice(h.start // group, (h.stop - 1) // group + 1)
+    k_bhKD = k_BhKD[b if k_BhKD.shape[0] > 1 else slice(None), shared].expand(q_bhrD.shape[0], -1, -1, -1)
+    q_bhND = q_bhrD.reshape(k_bhKD.shape[0], k_bhKD.shape[1], -1, width)
+    return _matmul(q_bhND, k_bhKD, rounded).view(*q_bhrD.shape[:3], -1)
+
+
+def _matmul(q_bhND: Tensor, k_bhKD: Tensor, rounded: torch.dtype | None) -> Tensor:
+    """Return q @ k^T as (b * h, N, K) in q's dtype: keys that must be converted or laid out are so by the piece, at half of a chunk."""
+    keys = k_bhKD.shape[2]
+    at_once = keys
+    if k_bhKD.dtype != q_bhND.dtype or rounded is not None or not k_bhKD.is_contiguous():
+        at_once = max(1, blocks.CHUNK_BYTES // 2 // max(1, k_bhKD.numel() // keys * q_bhND.element_size()))
+    q_nND = q_bhND.flatten(0, 1)
+
+    def piece(start: int) -> Tensor:
+        part = _round(k_bhKD[:, :, start : start + at_once], rounded)
+        if part.dtype != q_bhND.dtype or not part.is_contiguous():
+            part = torch.empty(part.shape, dtype=q_bhND.dtype, device=part.device).copy_(part)
+        return torch.bmm(q_nND, part.flatten(0, 1).mT)
+
+    if at_once >= keys:
+        return piece(0)
+    product_nNK = q_nND.new_empty((*q_nND.shape[:2], keys))
+    for start in range(0, keys, at_once):
+        product_nNK[..., start : start + at_once] = piece(start)
+    return product_nNK
+
+
+def _round(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+CHUNK_BYTES = blocks.CHUNK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class RowProbabilities:
-    """The probabilities of chosen query rows in one attention call.
-
-    Attributes:
-        p_BHRK: float32, before dropout; 0 for keys that the row may not see, and throughout a row that sees none.
-        visible_BRK: bool: keys that at least one head of the row may see (masks differ between heads in hardly any model).
-        queries: S of the call.
-        how: Where they came from, as the record says it.
-    """
+    """All rows at once; the way of handing over that blocks replace."""
 
     p_BHRK: Tensor
     visible_BRK: Tensor
@@ -36,15 +256,12 @@ class RowProbabilities:
     how: str
 
 
-def allowed(mask: Tensor) -> Tensor:
-    """Return where a mask lets a query attend: a bool mask as it is, an added one where it is above half of the dtype's minimum.
-
-    -1e8 and below hides too: -1e9 is added as often as the minimum is, and no bias of a real model goes near. NaN hides nothing, so that
-    it shows in the probabilities.
-    """
-    if mask.dtype == torch.bool:
-        return mask
-    return ~(mask <= max(torch.finfo(mask.dtype).min / 2, _MASKED_SCORE))
+def _all_rows(source: RowSource, index_BR: Tensor) -> RowProbabilities:
+    samples, heads, queries, keys = source.shape
+    p_BHRK = torch.empty((samples, heads, index_BR.shape[1], keys), dtype=torch.float32, device=source.device)
+    for block in source.blocks(index_BR):
+        p_BHRK[block.samples, block.heads, block.rows] = block.p
+    return RowProbabilities(p_BHRK, source.visible(index_BR), queries, source.how)
 
 
 def rows_from_sdpa(
@@ -58,163 +275,15 @@ def rows_from_sdpa(
     index_BR: Tensor,
     autocast_dtype: torch.dtype | None = None,
 ) -> RowProbabilities:
-    """Recompute rows from what ``F.scaled_dot_product_attention`` was given.
-
-    Computed in float32 (float64 for float64 input) by chunks of samples and heads whose temporaries stay within 8 MiB, or those of a
-    single head of one sample where these are larger. The result takes B * H * R * K floats. No sync; where TF32 is allowed, float32 q
-    and k are multiplied in TF32, as the kernels do (bfloat16 and float16 lose nothing by it).
-
-    Args:
-        q_BHSD: Queries.
-        k_BhKD: Keys; fewer heads than q with ``enable_gqa``.
-        attn_mask: bool (True: attend) or added to the scores; anything that broadcasts to (B, H, S, K).
-        is_causal: Row i sees the keys 0 … i (aligned at the top left, also when S is not K).
-        scale: ``None`` for D ** -0.5.
-        enable_gqa: As in PyTorch.
-        index_BR: Rows to compute, int64.
-        autocast_dtype: The dtype to which autocast rounds the kernel's arguments, or ``None``.
-
-    Raises:
-        NotObservable: q or k is not 4-D, is nested or empty, their shapes do not fit, or the mask is an object of its own kind.
-    """
-    _check_shapes(q_BHSD, k_BhKD, index_BR, enable_gqa)
-    _check_mask(attn_mask)
-    with torch.no_grad(), torch.autocast(q_BHSD.device.type, enabled=False):
-        (samples, heads, queries, width), (key_heads, keys) = q_BHSD.shape, k_BhKD.shape[1:3]
-        rows, groups = index_BR.shape[1], heads // key_heads
-        index_BR = index_BR.clamp(max=queries - 1)
-        compute = torch.float64 if q_BHSD.dtype == torch.float64 else torch.float32
-        rounded = autocast_dtype if autocast_dtype is not None and compute == torch.float32 else None
-        q_BHRD = q_BHSD.detach().gather(2, index_BR[:, None, :, None].expand(-1, heads, -1, width))
-        q_BHRD = _round(q_BHRD, rounded).to(compute) * (width**-0.5 if scale is None else scale)
-        q_BhND = q_BHRD.reshape(samples, key_heads, groups * rows, width)
-        k_BhKD = k_BhKD.detach().expand(samples, -1, -1, -1)
-        bias_BmRK, allowed_BmRK = _mask_rows(attn_mask, is_causal, q_BHSD.shape, keys, index_BR, rounded)
-        p_BhGRK = torch.empty((samples, key_heads, groups, rows, keys), dtype=torch.float32, device=q_BHSD.device)
-        head_bytes = keys * (width + 2 * groups * rows) * compute.itemsize
-        for b, h in _chunks(samples, key_heads, max(1, CHUNK_BYTES // max(1, head_bytes))):
-            part = p_BhGRK[b, h]
-            scores = _scores(q_BhND[b, h], _round(k_BhKD[b, h], rounded)).view(part.shape)
-            part.copy_(_softmax(scores, _head_slice(bias_BmRK, b, h, groups), _head_slice(allowed_BmRK, b, h, groups)))
-    visible_BRK = torch.ones((), dtype=torch.bool, device=q_BHSD.device).expand(samples, rows, keys)
-    if allowed_BmRK is not None:
-        visible_BRK = allowed_BmRK.any(1).expand(samples, rows, keys)
-    return RowProbabilities(p_BHRK=p_BhGRK.flatten(1, 2), visible_BRK=visible_BRK, queries=queries, how="recomputed from q and k")
+    """Recompute rows from what ``F.scaled_dot_product_attention`` was given."""
+    _check_shapes(q_BHSD, k_BhKD)
+    if q_BHSD.shape[1] != k_BhKD.shape[1] and k_BhKD.shape[1] != 1 and not enable_gqa:
+        raise NotObservable(f"q {tuple(q_BHSD.shape)}, k {tuple(k_BhKD.shape)}: the heads do not fit (enable_gqa={enable_gqa})")
+    causal = 0 if is_causal else None
+    scores = Scores(q_BHSD, k_BhKD, scale=scale, mask=attn_mask, causal_offset=causal, autocast_dtype=autocast_dtype)
+    return _all_rows(FromScores(scores), index_BR)
 
 
 def rows_from_softmax(scores_BHSK: Tensor, weights_BHSK: Tensor, *, index_BR: Tensor) -> RowProbabilities:
-    """Gather rows from the softmax that the model itself computed.
-
-    Args:
-        scores_BHSK: What went into the softmax, masks added: tells which keys a row may see.
-        weights_BHSK: What came out, in the model's dtype.
-        index_BR: Rows to gather, int64.
-
-    Raises:
-        NotObservable: the two differ in shape, are not 4-D or are empty, or the batch is not that of the rows.
-    """
-    if weights_BHSK.dim() != 4 or scores_BHSK.shape != weights_BHSK.shape:
-        shapes = f"scores {tuple(scores_BHSK.shape)}, weights {tuple(weights_BHSK.shape)}"
-        raise NotObservable(f"{shapes}: expected (batch, heads, queries, keys)")
-    samples, heads, queries, keys = weights_BHSK.shape
-    if weights_BHSK.numel() == 0:
-        raise NotObservable(f"empty attention weights of shape {tuple(weights_BHSK.shape)}")
-    if index_BR.shape[0] != samples:
-        raise NotObservable(f"rows were chosen for {index_BR.shape[0]} samples, the call has {samples}")
-    rows = index_BR.shape[1]
-    with torch.no_grad():
-        index = index_BR.clamp(max=queries - 1)[:, None, :, None].expand(-1, heads, -1, keys)
-        p_BHRK = torch.empty((samples, heads, rows, keys), dtype=torch.float32, device=weights_BHSK.device)
-        visible_BRK = torch.zeros((samples, rows, keys), dtype=torch.bool, device=weights_BHSK.device)
-        head_bytes = samples * rows * keys * (scores_BHSK.element_size() + weights_BHSK.element_size())
-        step = max(1, CHUNK_BYTES // max(1, head_bytes))
-        for h in (slice(start, start + step) for start in range(0, heads, step)):
-            p_BHRK[:, h] = weights_BHSK.detach()[:, h].gather(2, index[:, h])
-            visible_BRK |= allowed(scores_BHSK.detach()[:, h].gather(2, index[:, h])).any(1)
-        p_BHRK.masked_fill_(~visible_BRK.any(-1)[:, None, :, None], 0.0)
-    return RowProbabilities(p_BHRK=p_BHRK, visible_BRK=visible_BRK, queries=queries, how="materialised softmax")
-
-
-def _check_shapes(q: Tensor, k: Tensor, index_BR: Tensor, enable_gqa: bool) -> None:
-    if q.is_nested or k.is_nested:
-        raise NotObservable("q or k is a nested tensor")
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}"
-    if q.dim() != 4 or k.dim() != 4:
-        raise NotObservable(f"{shapes}: expected (batch, heads, length, width)")
-    if q.numel() == 0 or k.numel() == 0:
-        raise NotObservable(f"empty attention call: {shapes}")
-    if k.shape[0] not in (1, q.shape[0]) or k.shape[3] != q.shape[3] or index_BR.shape[0] != q.shape[0]:
-        raise NotObservable(f"{shapes}, rows for {index_BR.shape[0]} samples: batch or width do not fit")
-    if q.shape[1] % k.shape[1] or (q.shape[1] != k.shape[1] and k.shape[1] != 1 and not enable_gqa):
-        raise NotObservable(f"{shapes}: the heads do not fit (enable_gqa={enable_gqa})")
-
-
-def _check_mask(mask: Tensor | None) -> None:
-    if mask is not None and type(mask) not in (Tensor, nn.Parameter):
-        raise NotObservable(f"the mask is a {type(mask).__name__}, not a plain tensor")
-    if mask is not None and mask.dtype != torch.bool and not mask.is_floating_point():
-        raise NotObservable(f"the mask has dtype {mask.dtype}: expected bool or floating point")
-
-
-def _mask_rows(
-    mask: Tensor | None, is_causal: bool, q_shape: torch.Size, keys: int, index_BR: Tensor, rounded: torch.dtype | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Return what is added to the scores of the rows and where they may attend, both (B or 1, m, R, K) or ``None``."""
-    samples, _, queries, _ = q_shape
-    bias_BmRK: Tensor | None = None
-    allowed_BmRK: Tensor | None = None
-    if is_causal:
-        allowed_BmRK = (torch.arange(keys, device=index_BR.device) <= index_BR[:, :, None])[:, None]
-    if mask is None:
-        return None, allowed_BmRK
-    mask = mask.detach()
-    mask = mask.expand((1,) * (4 - mask.dim()) + mask.shape) if mask.dim() < 4 else mask
-    if mask.stride(1) == 0:  # the same mask for every head, expanded by the model
-        mask = mask[:, :1]
-    if mask.shape[2] == queries and queries > 1:
-        heads = mask.shape[1]
-        mask = mask.expand(samples, heads, queries, keys).gather(2, index_BR[:, None, :, None].expand(-1, heads, -1, keys))
-    mask = mask.expand(-1, -1, index_BR.shape[1], keys)
-    if mask.dtype != torch.bool:
-        bias_BmRK = _round(mask, rounded)
-    may_BmRK = allowed(mask)
-    return bias_BmRK, may_BmRK if allowed_BmRK is None else may_BmRK & allowed_BmRK
-
-
-def _scores(q_bhND: Tensor, k_bhKD: Tensor) -> Tensor:
-    """Return q @ k^T as (b * h, N, K) in q's dtype. One copy of the keys converts and lays them out; none if that is not needed."""
-    if k_bhKD.dtype != q_bhND.dtype or not k_bhKD.is_contiguous():
-        k_bhKD = torch.empty(k_bhKD.shape, dtype=q_bhND.dtype, device=k_bhKD.device).copy_(k_bhKD)
-    return torch.bmm(q_bhND.flatten(0, 1), k_bhKD.flatten(0, 1).mT)
-
-
-def _softmax(scores_bhGRK: Tensor, bias: Tensor | None, may: Tensor | None) -> Tensor:
-    """Return the probabilities; overwrites the scores. Rows that may attend to nothing are 0."""
-    if bias is not None:
-        scores_bhGRK += bias
-    if may is None:
-        return torch.softmax(scores_bhGRK, dim=-1)
-    p_bhGRK = torch.softmax(scores_bhGRK.masked_fill_(~may, float("-inf")), dim=-1)
-    return p_bhGRK.masked_fill_(~may.any(-1, keepdim=True), 0.0)
-
-
-def _head_slice(mask_BmRK: Tensor | None, b: slice, h: slice, groups: int) -> Tensor | None:
-    """Return the part of a mask for some samples and key heads, broadcasting to (b, h, G, R, K)."""
-    if mask_BmRK is None:
-        return None
-    part = mask_BmRK[b] if mask_BmRK.shape[0] > 1 else mask_BmRK
-    return part[:, :, None] if part.shape[1] == 1 else part.reshape(part.shape[0], -1, groups, *part.shape[2:])[:, h]
-
-
-def _chunks(samples: int, heads: int, at_once: int) -> Iterator[tuple[slice, slice]]:
-    """Yield slices of samples and heads with at most ``at_once`` (sample, head) pairs each."""
-    if at_once >= heads:
-        step = at_once // heads
-        yield from ((slice(b, min(b + step, samples)), slice(0, heads)) for b in range(0, samples, step))
-    else:
-        for b in range(samples):
-            yield from ((slice(b, b + 1), slice(h, min(h + at_once, heads))) for h in range(0, heads, at_once))
-
-
-def _round(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    return tensor if dtype is None else tensor.to(dtype)
+    """Gather rows from the softmax that the model itself computed."""
+    return _all_rows(FromSoftmax(scores_BHSK, weights_BHSK), index_BR)
