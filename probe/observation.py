@@ -32,7 +32,7 @@ from probe.errors import ProbeValueError
 from probe.merge.layout import make_layout
 from probe.merge.packing import Transfer, pack
 from probe.merge.ranks import agree, here
-from probe.records import StepRecord
+from probe.records import Site, StepRecord
 from probe.settings import Options, Settings
 from probe.sites.choices import choices_below
 from probe.sites.discovery import Discovery, discover
@@ -90,7 +90,7 @@ class Observation:
         self._layout = make_layout([step_cell, *(cell for observer in self._observers for cell in observer.cells())])
         _check_budget(options, fixed_bytes(self._layout.cells))
         sites = {site.name: site for site in self.discovery.sites.sites}
-        self._hooks = HookSet(self.discovery.modules, sites, self._observers, self.breaker)
+        self._hooks = _hooks(self.discovery, sites, self._observers, self.breaker)
         flex = any(getattr(getattr(m, "config", None), "_attn_implementation", "") == "flex_attention" for m in model.modules())
         self.window = Window(self._hooks, self.breaker, around=around, compile_mode=options.compile, flex=flex)
         self.buffer = StepBuffer(budget_bytes=int(options.budget_mib * MIB), sites=tuple(sites), cells=self._layout.cells)
@@ -182,6 +182,12 @@ def _check_budget(options: Options, fixed: int) -> None:
     if fixed > options.budget_mib * MIB:
         least = f"the sums of this model's sites alone take {fixed / MIB:.3g} MiB"
         raise ProbeValueError(f"budget_mib={options.budget_mib:g}: {least}; give at least that (the default is 64)")
+
+
+def _hooks(found: Discovery, sites: Mapping[str, Site], observers: Sequence[Observer], breaker: Breaker) -> HookSet:
+    """Return the hooks of the sites and of what is watched beside them; the latter's calls are captured by nobody."""
+    beside = {name: Site(name, "custom", "watched, no site") for name in found.watched}
+    return HookSet({**found.watched, **found.modules}, {**beside, **sites}, observers, breaker)
 
 
 def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settings: Settings, breaker: Breaker) -> list[Observer]:

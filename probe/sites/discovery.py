@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,7 @@ from probe.errors import ProbeTypeError, SiteError
 from probe.records import Role, Site
 from probe.settings import SiteChoices
 from probe.sites.attention import NO_ATTENTION, AttentionFinder, find_attention
+from probe.sites.audio_masks import mask_takers
 from probe.sites.branches import NO_BRANCHES, find_branches
 from probe.sites.choices import nearest, resolve_choice
 from probe.sites.encoders import find_encoders, why_no_encoder
@@ -75,11 +76,15 @@ class Discovery:
         sites: The map without modules.
         modules: Site name to the module that runs under it; "" is the model itself.
         facts: What the model says of itself.
+        watched: Name to module of what is no site and yet watched, for the sake of its arguments or its output.
+        mask_takers: Names, of sites or of what is watched, of the modules that are given masks of the tokens that are audio.
     """
 
     sites: SiteMap
     modules: Mapping[str, nn.Module]
     facts: ModelFacts
+    watched: Mapping[str, nn.Module] = field(default_factory=dict)
+    mask_takers: tuple[str, ...] = ()
 
 
 def discover(model: nn.Module, *, choices: SiteChoices = "auto") -> Discovery:
@@ -106,7 +111,9 @@ def discover(model: nn.Module, *, choices: SiteChoices = "auto") -> Discovery:
     root = Site("", "model", f"the model itself ({class_name(search.core)})")
     missing = search.missing(sites)
     modules = {"": model, **{site.name: search.names.by_name[site.name] for site in sites}}
-    return Discovery(SiteMap((root, *sites), missing), modules, search.facts)
+    takers = mask_takers(search.names, sites)
+    watched = {name: search.names.by_name[name] for name in takers if name not in modules}
+    return Discovery(SiteMap((root, *sites), missing), modules, search.facts, watched, takers)
 
 
 @dataclass(frozen=True, slots=True)
