@@ -121,18 +121,20 @@ class Observation:
             self.buffer.clear()
             raise
 
-    def after_backward(self, loss: Any, end: StepEnd | None) -> None:
+    def after_backward(self, loss: Any, end: StepEnd | None, *, items: Any = None) -> None:
         """See one micro-batch's loss and, when its gradients are complete over all micro-batches, the end of the step.
 
         Args:
             loss: What ``training_step`` returned.
             end: Facts of the step's end if this was its last micro-batch, else ``None``.
+            items: The ``num_items_in_batch`` that ``training_step`` was given, if any.
         """
+        counted = items if isinstance(items, (Tensor, int, float)) else None
         for observer in self._observers:
             if self.breaker.is_off(observer.name):
                 continue
             with self.breaker.guard(observer.name):
-                observer.training_step(loss if isinstance(loss, Tensor) else None, self.buffer)
+                observer.training_step(loss if isinstance(loss, Tensor) else None, counted, self.buffer)
                 if end is not None:
                     observer.step_end(end, self.buffer)
 
@@ -197,7 +199,7 @@ def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settin
         InputWatcher(found.facts, keep_text=settings.keep_text),
         StatisticsWatcher(sites, keep=keep),
         HeadWatcher(sites, found.facts, keep_text=settings.keep_text),
-        ModalityWatcher(sites, found.facts),
+        ModalityWatcher(sites, found.facts, mask_takers=found.mask_takers),
         AttentionWatcher(sites, found.facts, breaker, rows=settings.attention_rows),
         BranchWatcher(sites),
         GradientWatcher(parts_of(model, sites, found.modules), sites, breaker),

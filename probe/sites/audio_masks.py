@@ -23,7 +23,7 @@ Cover = Literal["all", "given", "predicted"]
 _SAID = re.compile(r"(?=.*(?:audio|speech))(?=.*mask)")
 # Masks over frames, codes or ids of the audio itself, masks of what attends to what, and masks of the labels.
 _OF_SOMETHING_ELSE = re.compile(r"attention|feature|frame|mel|latent|label|encoder|value|cache|pad|ids_mask|(?<!discrete_)codes_mask")
-_GIVEN = re.compile(r"(?:^|_)(?:in|input|prompt|reference|ref)(?:_|$)")
+_GIVEN = re.compile(r"(?:^|_)(?:in|prompt|reference|ref)(?:_|$)")
 _PREDICTED = re.compile(r"(?:^|_)(?:out|output|target|generated)(?:_|$)")
 _TOKEN_KINDS = (torch.bool, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 

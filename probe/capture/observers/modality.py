@@ -10,43 +10,100 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from probe.capture.arguments import by_name
 from probe.capture.buffer import StepBuffer
 from probe.capture.microbatch import MicroBatch
 from probe.capture.observer import Call, Watcher
 from probe.records import Site
 from probe.sites.facts import ModelFacts
-from probe.sites.modality import fold_frames, output_modality, sounding_frames, token_modality
+from probe.sites.modality import fold_frames, layer_modality, output_modality, sounding_frames, token_modality
+from probe.sites.reference import AudioRoles, audio_roles, labels_of_audio
 
+TO_REFERENCE = ("probe/attention/text_to_reference", "probe/attention/audio_to_reference")
 _KNOWN = "modality"
+_CROSS = "the decoder reads the audio through cross-attention"
+_ALL_INPUT = "the model predicts no audio: all its audio is input, see text_to_audio"
+_NO_LABELS = "no audio labels among the inputs tell reference from target"
+_ALL_TARGET = "no run of audio in this step is without labels"
 
 
 @dataclass(slots=True)
 class _Known:
-    """What a micro-batch has told so far: codes of the root's tokens (B, S) int8, and which feature frames sound (C, T) bool."""
+    """What a micro-batch has told so far.
 
-    facts: ModelFacts
+    Attributes:
+        roles: What the model's audio may be.
+        tokens: Codes of the tokens as the root was given them, (B, S) int8.
+        frames: Which feature frames sound, (C, T) bool.
+        layers: Codes of the tokens as a decoder layer's arguments tell them, (B, S) int8.
+        late: Codes of the tokens as the root's output tells them, in a list of one once it was asked.
+    """
+
+    roles: AudioRoles
     tokens: Tensor | None
     frames: Tensor | None
+    layers: Tensor | None = None
+    late: list[Tensor | None] | None = None
+
+    def of_tokens(self, samples: int, length: int) -> Tensor | None:
+        """Return the codes of (``samples``, ``length``) tokens, if those that are known have that shape."""
+        return next((codes for codes in (self.tokens, self.layers) if codes is not None and tuple(codes.shape) == (samples, length)), None)
+
+    def of_frames(self, samples: int, length: int) -> Tensor | None:
+        """Return the codes of (``samples``, ``length``) frames of the encoder, if the feature frames fold to that."""
+        return None if self.frames is None else fold_frames(self.frames, frames=length, clips=samples)
 
 
 class ModalityWatcher(Watcher):
-    """Reads at the root's start what its inputs tell. Stands before every observer that asks; keeps (B, S) int8 a micro-batch."""
+    """Reads what the root's inputs tell and, where they do not, what decoder layers are told. Stands before every observer that asks.
+
+    Holds (B, S) int8 and (C, T) bool while a forward of the root runs, nothing after it.
+    """
 
     name = "modality"
 
-    def __init__(self, sites: Sequence[Site], facts: ModelFacts) -> None:
-        """Watch the root, if there is an attention layer among the sites to watch it for."""
-        self._needed = any(site.role == "attention" for site in sites)
+    def __init__(self, sites: Sequence[Site], facts: ModelFacts, *, mask_takers: Sequence[str] = ()) -> None:
+        """Watch the root and the modules that are given masks of audio tokens, if there is an attention layer to watch them for."""
+        self._attention = [site for site in sites if site.role == "attention"]
         self._facts = facts
+        self._roles = audio_roles(facts, sites)
+        self._takers = tuple(mask_takers)
 
     def sites(self) -> Sequence[str]:
-        """Return the root."""
-        return ("",) if self._needed else ()
+        """Return the root and the modules that are given masks."""
+        return ("", *self._takers) if self._attention else ()
 
     def enter(self, call: Call, buffer: StepBuffer) -> None:
-        """Read the root's inputs. Frames now, not when the encoder has run: SpecAugment overwrites the features in place."""
+        """Read the root's inputs, or a layer's arguments if the root's tell nothing of its tokens."""
         micro = call.micro
-        micro.scratch[_KNOWN] = _Known(self._facts, token_modality(micro, self._facts), sounding_frames(micro))
+        if call.site.name == "":
+            # Frames now, not when the encoder has run: SpecAugment overwrites the features in place.
+            tokens, frames = token_modality(micro, self._facts, self._roles), sounding_frames(micro)
+            micro.scratch[_KNOWN] = _Known(self._roles, tokens, frames)
+            why = self._why_no_reference(micro)
+            for metric in TO_REFERENCE if why else ():
+                buffer.totals.omit(metric, why)
+            return
+        known: _Known | None = micro.scratch.get(_KNOWN)
+        if known is not None and known.tokens is None and known.layers is None:
+            arguments = by_name(call.module.forward, call.args, call.kwargs)
+            known.layers = layer_modality(arguments, micro, self._facts, self._roles)
+
+    def leave(self, call: Call, buffer: StepBuffer) -> None:
+        """At the root, let go: observers that stand behind this one have asked by now."""
+        if call.site.name == "":
+            call.micro.scratch.pop(_KNOWN, None)
+
+    def _why_no_reference(self, micro: MicroBatch) -> str:
+        """Return the reason to show if no mass on reference audio comes out of this step; "" where the attention layers say better."""
+        kinds = {site.kind for site in self._attention}
+        if self._facts.encoder_decoder and "cross" in kinds:
+            return _CROSS
+        if "joint" not in kinds:
+            return ""
+        if not self._roles.predicts:
+            return _ALL_INPUT
+        return _ALL_TARGET if self._roles.given or labels_of_audio(micro.inputs, self._roles) else _NO_LABELS
 
 
 def modalities(call: Call, shape: tuple[int, int, int, int]) -> tuple[Tensor | None, Tensor | None]:
@@ -63,24 +120,22 @@ def modalities(call: Call, shape: tuple[int, int, int, int]) -> tuple[Tensor | N
         return None, None
     samples, _, queries, keys = shape
     if call.site.kind == "encoder":
-        return _of_frames(known, samples, queries), _of_frames(known, samples, keys)
+        return known.of_frames(samples, queries), known.of_frames(samples, keys)
     if call.site.kind == "cross":
-        return _of_tokens(known, samples, queries), _of_frames(known, samples, keys)
-    return _of_tokens(known, samples, queries), _of_tokens(known, samples, keys)
+        return known.of_tokens(samples, queries), known.of_frames(samples, keys)
+    return known.of_tokens(samples, queries), known.of_tokens(samples, keys)
 
 
 def late_modality(micro: MicroBatch, site: Site) -> Tensor | None:
-    """Return the modality (B, S) int8 of a layer's tokens as the root's output tells it; ``None`` if it does not.
+    """Return the modality (B, S) int8 of a layer's tokens as the root's output tells it, or a later layer did; ``None`` if none does.
 
     Ask while the hooks of the root's return run: ``micro.output`` is there only then. Only layers of kind ``joint`` have tokens that
-    the model itself may have laid out anew. No sync.
+    the model itself may have laid out anew. No sync; the answer is worked out once a micro-batch.
     """
-    return output_modality(micro) if site.kind == "joint" else None
-
-
-def _of_tokens(known: _Known, samples: int, length: int) -> Tensor | None:
-    return known.tokens if known.tokens is not None and tuple(known.tokens.shape) == (samples, length) else None
-
-
-def _of_frames(known: _Known, samples: int, length: int) -> Tensor | None:
-    return None if known.frames is None else fold_frames(known.frames, frames=length, clips=samples)
+    known: _Known | None = micro.scratch.get(_KNOWN)
+    if known is None or site.kind != "joint":
+        return None
+    if known.late is None:
+        found = output_modality(micro, known.roles)
+        known.late = [known.layers if found is None else found]
+    return known.late[0]
