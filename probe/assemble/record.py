@@ -49,5 +49,6 @@ def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[st
         optimisation=optimisation(draft),
     )
     for what, why in host.reasons.items():
-        draft.reasons.setdefault(what, why)
+        if what not in draft.metrics:  # said beforehand, of what might not come out
+            draft.reasons.setdefault(what, why)
     return record
