@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from torch import Tensor, nn
-from torch.overrides import _get_current_function_mode
+from torch.overrides import BaseTorchFunctionMode, _get_current_function_mode, _get_current_function_mode_stack
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -20,8 +22,11 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
-from probe.capture.tap import AttentionCall, AttentionTap
-from probe.measure.probabilities import NotObservable, RowProbabilities
+from probe.capture.tap import AttentionTap
+from probe.foreign.function_modes import innermost, stepped_out_of
+from probe.measure.blocks import NotObservable, RowSource
+from probe.measure.probabilities import FromScores, FromSoftmax
+from probe.measure.scores import Scores
 
 B, S, H = 3, 12, 4
 SIZES = {"hidden_size": 32, "num_attention_heads": H, "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -70,7 +75,7 @@ def batch(name: str, padding: str = "none") -> dict[str, Tensor]:
 class Taps:
     """Enters a tap in every attention module for the length of its call, as the hooks do."""
 
-    def __init__(self, model: nn.Module, see: Callable[[str, AttentionCall], None]) -> None:
+    def __init__(self, model: nn.Module, see: Callable[[str, RowSource], None]) -> None:
         self.errors: list[Exception] = []
         self.open: list[AttentionTap] = []
         self.handles: list[Any] = []
@@ -79,7 +84,7 @@ class Taps:
                 self.handles.append(module.register_forward_pre_hook(self._enter(name, see)))
                 self.handles.append(module.register_forward_hook(self._leave, always_call=True))
 
-    def _enter(self, name: str, see: Callable[[str, AttentionCall], None]) -> Callable[..., None]:
+    def _enter(self, name: str, see: Callable[[str, RowSource], None]) -> Callable[..., None]:
         def enter(module: nn.Module, args: Any) -> None:
             tap = AttentionTap(lambda call: see(name, call), self.errors.append)
             self.open.append(tap)
@@ -98,17 +103,40 @@ class Taps:
             handle.remove()
 
 
-def every_row(call: AttentionCall) -> RowProbabilities:
-    samples, _, queries, _ = call.shape
-    return call.rows(torch.arange(queries).expand(samples, queries))
+@dataclass(frozen=True)
+class Rows:
+    """All rows of one call."""
+
+    p_BHSK: Tensor
+    visible_BSK: Tensor
+    how: str
 
 
-def rows_of(model: nn.Module, given: dict[str, Tensor], **forward: Any) -> tuple[dict[str, RowProbabilities], Any]:
-    seen: dict[str, RowProbabilities] = {}
+def every_row(source: RowSource) -> Rows:
+    samples, heads, queries, keys = source.shape
+    index_BR = torch.arange(queries).expand(samples, queries)
+    p_BHSK = torch.full((samples, heads, queries, keys + source.sinks), torch.nan)
+    for block in source.blocks(index_BR):
+        p_BHSK[block.samples, block.heads, block.rows] = block.p
+    return Rows(p_BHSK, source.visible(index_BR), source.how)
 
-    def see(name: str, call: AttentionCall) -> None:
+
+def scores_of(source: RowSource) -> Scores:
+    assert isinstance(source, FromScores)
+    return source.scores
+
+
+def softmax_of(source: RowSource) -> FromSoftmax:
+    assert isinstance(source, FromSoftmax)
+    return source
+
+
+def rows_of(model: nn.Module, given: dict[str, Tensor], **forward: Any) -> tuple[dict[str, Rows], Any]:
+    seen: dict[str, Rows] = {}
+
+    def see(name: str, source: RowSource) -> None:
         assert name not in seen
-        seen[name] = every_row(call)
+        seen[name] = every_row(source)
 
     with Taps(model, see) as taps:
         output = model(**given, **forward)
@@ -142,10 +170,10 @@ def test_rows_are_the_models_attention(name: str, padding: str, implementation: 
     assert set(seen) == set(expected)
     real = given.get("attention_mask", torch.ones(B, S)).bool()
     for site, rows in seen.items():
-        kept = real if rows.p_BHRK.shape[2] == S else torch.ones(B, rows.p_BHRK.shape[2], dtype=torch.bool)
-        found, truth = rows.p_BHRK.transpose(1, 2)[kept], expected[site].transpose(1, 2)[kept]
+        kept = real if rows.p_BHSK.shape[2] == S else torch.ones(B, rows.p_BHSK.shape[2], dtype=torch.bool)
+        found, truth = rows.p_BHSK.transpose(1, 2)[kept], expected[site].transpose(1, 2)[kept]
         torch.testing.assert_close(found, truth, atol=1e-6, rtol=0)
-        assert torch.equal(rows.visible_BRK[kept], (truth > 0).any(1))
+        assert torch.equal(rows.visible_BSK[kept], (truth > 0).any(1))
         assert truth.std() > 0.02  # far from uniform
         assert rows.how == ("materialised softmax" if implementation == "eager" else "recomputed from q and k")
 
@@ -169,8 +197,8 @@ def test_training_is_untouched_and_dropout_is_left_out(name: str, implementation
     assert torch.equal(rng, rng_tapped)
     assert seen
     for rows in seen.values():
-        sums = rows.p_BHRK.sum(-1)
-        torch.testing.assert_close(sums, rows.visible_BRK.any(-1)[:, None].expand_as(sums).float(), atol=1e-5, rtol=0)
+        sums = rows.p_BHSK.sum(-1)
+        torch.testing.assert_close(sums, rows.visible_BSK.any(-1)[:, None].expand_as(sums).float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["whisper", "llama"])
@@ -179,20 +207,17 @@ def test_under_autocast_rows_are_what_the_kernel_computes(name: str) -> None:
     model = build(name, "sdpa").eval()
     compared = []
 
-    def see(site: str, call: AttentionCall) -> None:
-        q, k = call.q_BHSD, call.k_BhKD
-        assert q is not None
-        assert k is not None
+    def see(site: str, source: RowSource) -> None:
+        call = scores_of(source)
         assert call.autocast_dtype == torch.bfloat16
-        q, k = q.bfloat16().double(), k.bfloat16().double()
-        mask = call.attn_mask
+        q, k, mask = call.q_BHSD.bfloat16().double(), call.k_BhKD.bfloat16().double(), call.mask
         if mask is not None and mask.dtype != torch.bool:
             mask = mask.double()
         identity = torch.eye(k.shape[2]).double().expand(*k.shape[:2], -1, -1)
         with torch.autocast("cpu", enabled=False):
-            more = {"is_causal": call.is_causal, "scale": call.scale, "enable_gqa": call.enable_gqa}
+            more = {"is_causal": call.causal_offset == 0, "scale": call.scale, "enable_gqa": True}
             expected = F.scaled_dot_product_attention(q, k, identity, attn_mask=mask, **more)
-        torch.testing.assert_close(every_row(call).p_BHRK.double(), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(every_row(source).p_BHSK.double(), expected, atol=1e-5, rtol=0)
         compared.append(site)
 
     with Taps(model, see) as taps, torch.autocast("cpu", dtype=torch.bfloat16):
@@ -201,8 +226,8 @@ def test_under_autocast_rows_are_what_the_kernel_computes(name: str) -> None:
     assert compared
 
 
-def seen_in(run: Callable[[], Any], **options: Any) -> tuple[list[AttentionCall], list[Exception], Any]:
-    calls: list[AttentionCall] = []
+def seen_in(run: Callable[[], Any], **options: Any) -> tuple[list[RowSource], list[Exception], Any]:
+    calls: list[RowSource] = []
     errors: list[Exception] = []
     with AttentionTap(calls.append, errors.append, **options) as tap:
         result = run()
@@ -216,24 +241,19 @@ def test_arguments_by_position_by_name_and_by_default() -> None:
     mask = torch.ones(5, 5).tril().bool()
     sdpa = F.scaled_dot_product_attention
     (plain,), _, _ = seen_in(lambda: sdpa(q, k, v))
-    assert (plain.kind, plain.attn_mask, plain.is_causal, plain.scale, plain.enable_gqa, plain.dropout_p) == (
-        "sdpa",
-        None,
-        False,
-        None,
-        False,
-        0.0,
-    )
-    assert plain.autocast_dtype is None
     assert plain.shape == (2, H, 5, 5)
-    assert plain.q_BHSD is not None
-    assert plain.q_BHSD.data_ptr() == q.data_ptr()
-    assert not plain.q_BHSD.requires_grad
+    call = scores_of(plain)
+    assert (call.mask, call.causal_offset, call.scale, call.autocast_dtype) == (None, None, None, None)
+    assert (call.q_BHSD.data_ptr(), call.k_BhKD.data_ptr()) == (q.data_ptr(), k.data_ptr())
+    assert not call.q_BHSD.requires_grad
+    assert not call.k_BhKD.requires_grad
     (placed,), _, _ = seen_in(lambda: sdpa(q, k, v, mask, 0.5, False, scale=0.1))
-    assert placed.attn_mask is not None
-    assert (placed.attn_mask.data_ptr(), placed.dropout_p, placed.is_causal, placed.scale) == (mask.data_ptr(), 0.5, False, 0.1)
+    call = scores_of(placed)
+    assert call.mask is not None
+    assert (call.mask.data_ptr(), call.causal_offset, call.scale) == (mask.data_ptr(), None, 0.1)
     (named,), _, _ = seen_in(lambda: sdpa(query=q, key=k[:, :2], value=v[:, :2], is_causal=True, dropout_p=0.2, enable_gqa=True))
-    assert (named.attn_mask, named.dropout_p, named.is_causal, named.enable_gqa) == (None, 0.2, True, True)
+    call = scores_of(named)
+    assert (call.mask, call.causal_offset, call.k_BhKD.shape[1]) == (None, 0, 2)
 
 
 @pytest.mark.parametrize(
@@ -252,12 +272,10 @@ def test_arguments_by_position_by_name_and_by_default() -> None:
 def test_every_way_to_call_softmax(softmax: Callable[[Tensor], Tensor]) -> None:
     """A softmax over the last of four dimensions is seen however it is called; the model gets the function's own result object."""
     scores = torch.randn(2, H, 5, 7, requires_grad=True)
-    (call,), errors, result = seen_in(lambda: softmax(scores))
+    (source,), errors, result = seen_in(lambda: softmax(scores))
     assert errors == []
-    assert call.kind == "softmax"
-    assert call.shape == (2, H, 5, 7)
-    assert call.weights_BHSK is not None
-    assert call.scores_BHSK is not None
+    call = softmax_of(source)
+    assert (call.shape, call.sinks) == ((2, H, 5, 7), 0)
     assert call.weights_BHSK.data_ptr() == result.data_ptr()
     assert call.scores_BHSK.data_ptr() == scores.data_ptr()
     assert result.grad_fn is not None
@@ -275,9 +293,9 @@ def test_all_sdpa_calls_count_and_only_the_first_softmax() -> None:
     """Every SDPA call is reported; a softmax counts only as the first attention of the module's call."""
     q = torch.randn(2, H, 5, 8)
     calls, _, _ = seen_in(lambda: [F.scaled_dot_product_attention(q, q, q), q.softmax(-1), F.scaled_dot_product_attention(q, q, q)])
-    assert [call.kind for call in calls] == ["sdpa", "sdpa"]
+    assert [type(call) for call in calls] == [FromScores, FromScores]
     calls, _, _ = seen_in(lambda: [q.softmax(-1), q.softmax(-1), F.scaled_dot_product_attention(q, q, q)])
-    assert [call.kind for call in calls] == ["softmax", "sdpa"]
+    assert [type(call) for call in calls] == [FromSoftmax, FromScores]
 
 
 def test_folded_heads() -> None:
@@ -286,14 +304,14 @@ def test_folded_heads() -> None:
     (call,), errors, result = seen_in(lambda: scores.softmax(-1), num_heads=H)
     assert errors == []
     assert call.shape == (2, H, 5, 7)
-    assert torch.equal(every_row(call).p_BHRK, result.view(2, H, 5, 7))
+    assert torch.equal(every_row(call).p_BHSK, result.view(2, H, 5, 7))
     for heads in (None, 3):
         calls, errors, _ = seen_in(lambda: scores.softmax(-1), num_heads=heads)
         assert calls == []
         assert [type(error) for error in errors] == [NotObservable]
         assert "(8, 5, 7)" in str(errors[0])
     calls, errors, _ = seen_in(lambda: (scores.softmax(-1), F.scaled_dot_product_attention(q, q, q)))
-    assert [call.kind for call in calls] == ["sdpa"]
+    assert [type(call) for call in calls] == [FromScores]
     assert errors == []
     calls, errors, _ = seen_in(lambda: F.scaled_dot_product_attention(q[0], q[0], q[0]))
     assert calls == []
@@ -305,7 +323,7 @@ def test_an_error_of_the_callback_stays_out_of_the_model() -> None:
     q = torch.randn(2, H, 5, 8)
     errors: list[Exception] = []
 
-    def fail(call: AttentionCall) -> None:
+    def fail(call: RowSource) -> None:
         raise LookupError("broken")
 
     with AttentionTap(fail, errors.append):
@@ -344,7 +362,7 @@ def test_an_error_of_the_model_passes_and_leaves_no_mode() -> None:
 def test_blind_outside_and_in_other_threads() -> None:
     """Only what runs in this thread between enter and exit is seen."""
     q = torch.randn(2, H, 5, 8)
-    calls: list[AttentionCall] = []
+    calls: list[RowSource] = []
     tap = AttentionTap(calls.append, lambda error: None)
     F.scaled_dot_product_attention(q, q, q)
     with tap:
@@ -361,7 +379,7 @@ def test_a_function_put_in_the_place_of_torchs_is_seen_through(monkeypatch: pyte
     original = F.scaled_dot_product_attention
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kwargs: original(*args, **kwargs, scale=0.25))
     (call,), _, _ = seen_in(lambda: F.scaled_dot_product_attention(q, q, q))
-    assert call.scale == 0.25
+    assert scores_of(call).scale == 0.25
 
 
 def test_the_callback_builds_no_graph() -> None:
@@ -373,3 +391,83 @@ def test_the_callback_builds_no_graph() -> None:
         assert torch.is_grad_enabled()
     assert enabled == [False]
     assert result.grad_fn is not None
+
+
+def test_a_kernel_that_is_no_torch_function_is_reported_from_outside() -> None:
+    """What stands round a kernel reports its source; it counts, and the softmax that may follow is no attention then."""
+    q = torch.randn(2, H, 5, 8, requires_grad=True)
+    enabled: list[bool] = []
+
+    def read() -> RowSource:
+        enabled.append(torch.is_grad_enabled())
+        return FromScores(Scores(q.detach(), q.detach()))
+
+    def run() -> None:
+        innermost(AttentionTap).report(read)
+        q.softmax(-1)
+
+    calls, errors, _ = seen_in(run)
+    assert [type(call) for call in calls] == [FromScores]
+    assert enabled == [False]
+    assert errors == []
+    calls, errors, _ = seen_in(lambda: innermost(AttentionTap).report(lambda: None))
+    assert calls == errors == []
+
+
+def test_what_cannot_be_read_is_told_once_at_the_exit() -> None:
+    """A reason why a call cannot be read is told when the module returns, unless another call was read; other errors are told at once."""
+
+    def unreadable() -> RowSource:
+        raise NotObservable("of an unknown kind")
+
+    calls, errors, _ = seen_in(lambda: innermost(AttentionTap).report(unreadable))
+    assert calls == []
+    assert [str(error) for error in errors] == ["of an unknown kind"]
+    q = torch.randn(2, H, 5, 8)
+    calls, errors, _ = seen_in(lambda: (innermost(AttentionTap).report(unreadable), q.softmax(-1)))
+    assert [type(call) for call in calls] == [FromSoftmax]
+    assert errors == []
+    calls, errors, _ = seen_in(lambda: innermost(AttentionTap).report(lambda: {}["missing"]))
+    assert [type(error) for error in errors] == [KeyError]
+
+
+def test_function_modes_are_found_and_stepped_out_of() -> None:
+    """The innermost mode of a class is found below others; stepping out leaves that class only, and ends as it began, also by errors."""
+
+    def tap() -> AttentionTap:
+        return AttentionTap(lambda source: None, print)
+
+    with tap() as outer, BaseTorchFunctionMode() as between, tap() as inner, BaseTorchFunctionMode() as above:
+        before = _get_current_function_mode_stack()
+        assert before == [outer, between, inner, above]
+        assert innermost(AttentionTap) is inner
+        with pytest.raises(ZeroDivisionError), stepped_out_of(AttentionTap):
+            assert _get_current_function_mode_stack() == [between, above]
+            assert innermost(AttentionTap) is None
+            raise ZeroDivisionError
+        assert _get_current_function_mode_stack() == before
+    assert innermost(AttentionTap) is None
+
+
+@pytest.mark.skipif(not hasattr(transformers, "GptOssConfig"), reason="this transformers has no GPT-OSS")
+def test_the_sink_of_an_eager_softmax_is_no_key() -> None:
+    """GPT-OSS, eager: with ``sinks`` the keys are the keys, the sink's probability stands in its own column, and all sum to 1."""
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        **{**SIZES, "num_hidden_layers": 1}, **TOKENS, num_key_value_heads=2, head_dim=8, num_local_experts=2, num_experts_per_tok=1,
+        sliding_window=4, layer_types=["sliding_attention"], attn_implementation="eager",
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config).eval()
+    nn.init.normal_(model.model.layers[0].self_attn.sinks)
+    seen: list[Rows] = []
+    tap = AttentionTap(lambda source: seen.append(every_row(source)), print, sinks=True)
+    module = model.model.layers[0].self_attn
+    module.register_forward_pre_hook(lambda *_: tap.__enter__() and None)
+    module.register_forward_hook(lambda *_: tap.__exit__(None, None, None), always_call=True)
+    weights = model(**batch("gpt_oss"), output_attentions=True).attentions[0]
+    assert weights.shape[-1] == S
+    (rows,) = seen
+    torch.testing.assert_close(rows.p_BHSK[..., :S], weights, atol=1e-6, rtol=0)
+    torch.testing.assert_close(rows.p_BHSK.sum(-1), torch.ones(B, H, S))
+    assert rows.p_BHSK[..., S].min() > 0.01
+    assert torch.equal(rows.visible_BSK, (weights > 0).any(1))

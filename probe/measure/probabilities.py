@@ -256,7 +256,7 @@ class RowProbabilities:
     how: str
 
 
-def _all_rows(source: RowSource, index_BR: Tensor) -> RowProbabilities:
+def all_rows(source: RowSource, index_BR: Tensor) -> RowProbabilities:
     samples, heads, queries, keys = source.shape
     p_BHRK = torch.empty((samples, heads, index_BR.shape[1], keys), dtype=torch.float32, device=source.device)
     for block in source.blocks(index_BR):
@@ -281,9 +281,9 @@ def rows_from_sdpa(
         raise NotObservable(f"q {tuple(q_BHSD.shape)}, k {tuple(k_BhKD.shape)}: the heads do not fit (enable_gqa={enable_gqa})")
     causal = 0 if is_causal else None
     scores = Scores(q_BHSD, k_BhKD, scale=scale, mask=attn_mask, causal_offset=causal, autocast_dtype=autocast_dtype)
-    return _all_rows(FromScores(scores), index_BR)
+    return all_rows(FromScores(scores), index_BR)
 
 
 def rows_from_softmax(scores_BHSK: Tensor, weights_BHSK: Tensor, *, index_BR: Tensor) -> RowProbabilities:
     """Gather rows from the softmax that the model itself computed."""
-    return _all_rows(FromSoftmax(scores_BHSK, weights_BHSK), index_BR)
+    return all_rows(FromSoftmax(scores_BHSK, weights_BHSK), index_BR)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from probe.capture.breaker import Breaker
@@ -13,9 +12,10 @@ from probe.capture.buffer import StepBuffer
 from probe.capture.cells import Cell
 from probe.capture.microbatch import MicroBatch
 from probe.capture.observer import Call, Watcher
-from probe.capture.tap import AttentionCall, AttentionTap
+from probe.capture.tap import AttentionTap
 from probe.measure.attention import COLUMNS, AttentionSums, HeadMeanRows, describe, describe_later, finish_later
-from probe.measure.probabilities import NotObservable
+from probe.measure.blocks import NotObservable, RowSource
+from probe.measure.probabilities import all_rows
 from probe.measure.rows import RowChoice, choose_all_valid, choose_rows
 from probe.records import Site
 from probe.sites.facts import ModelFacts
@@ -70,7 +70,7 @@ class AttentionWatcher(Watcher):
             return
         name = call.site.name
 
-        def see(attention: AttentionCall) -> None:
+        def see(attention: RowSource) -> None:
             self._see(call.site, attention, call.micro, buffer)
 
         def fail(error: Exception) -> None:
@@ -99,7 +99,7 @@ class AttentionWatcher(Watcher):
             reason = f"its kernel ({kernel}) returned no weights and called neither scaled_dot_product_attention nor softmax"
             buffer.totals.omit(attention_cell(call.site.name), reason)
 
-    def _see(self, site: Site, attention: AttentionCall, micro: MicroBatch, buffer: StepBuffer) -> None:
+    def _see(self, site: Site, attention: RowSource, micro: MicroBatch, buffer: StepBuffer) -> None:
         """Reduce one attention call."""
         if self._breaker.is_off(self.name):
             return
@@ -109,7 +109,7 @@ class AttentionWatcher(Watcher):
             return
         query_BS, key_BK = self._modalities(site, micro, attention.shape)
         choice = self._choice(query_BS, attention, micro, salt=buffer.step or 0)
-        rows = attention.rows(choice.index_BR)
+        rows = all_rows(attention, choice.index_BR)
         buffer.totals.tell(attention_cell(site.name), (heads, keys, rows.how))
         if query_BS is None and key_BK is None and self._facts_come_later(site):
             held = describe_later(rows, choice)
@@ -139,15 +139,13 @@ class AttentionWatcher(Watcher):
         """Tell whether the root's output may tell the modality of this layer's tokens."""
         return site.kind == "joint"
 
-    def _choice(self, query_BS: Tensor | None, attention: AttentionCall, micro: MicroBatch, *, salt: int) -> RowChoice:
+    def _choice(self, query_BS: Tensor | None, attention: RowSource, micro: MicroBatch, *, salt: int) -> RowChoice:
         """Choose rows once for all layers whose queries are the same; other steps (``salt``) look at other rows."""
         samples, _, queries, _ = attention.shape
         key = ("rows", id(query_BS), samples, queries)
         if key not in micro.scratch:
-            some = attention.q_BHSD if attention.q_BHSD is not None else attention.weights_BHSK
-            device = some.device if some is not None else torch.device("cpu")
             known = None if query_BS is None else choose_rows(query_BS, rows=self._rows, salt=salt)
-            chosen = known or choose_all_valid(samples, queries, self._rows, device, salt=salt)
+            chosen = known or choose_all_valid(samples, queries, self._rows, attention.device, salt=salt)
             micro.scratch[key] = (chosen, query_BS)  # the tensor is kept so that its id stays its own
         choice: RowChoice = micro.scratch[key][0]
         return choice
