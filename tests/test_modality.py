@@ -11,8 +11,10 @@ from transformers import WhisperConfig, WhisperFeatureExtractor, WhisperModel
 
 from probe.capture.microbatch import MicroBatch
 from probe.sites.facts import ModelFacts
-from probe.sites.modality import AUDIO, PADDING, TEXT, fold_frames, output_modality, sounding_frames
+from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT, fold_frames, layer_modality, output_modality, sounding_frames
 from probe.sites.modality import token_modality as of_tokens
+from probe.sites.reference import AudioRoles
+from waiting import NoWaiting
 
 AUDIO_ID, DELAY_ID = 7, 9
 
@@ -124,6 +126,177 @@ def test_tokens_that_the_model_expanded(wrap: Any) -> None:
     assert torch.equal(partly == AUDIO, outside)
     assert output_modality(micro(wrap(logits=torch.zeros(4, 15, 3)))) is None
     assert output_modality(micro(None)) is None
+
+
+def reference_in(audio: Tensor, labelled: Tensor) -> Tensor:
+    """Walk along each row: the positions of every run of audio without a labelled position."""
+    out = torch.zeros_like(audio)
+    for b in range(audio.shape[0]):
+        start = None
+        for s in range(audio.shape[1] + 1):
+            here = s < audio.shape[1] and bool(audio[b, s])
+            if here and start is None:
+                start = s
+            elif not here and start is not None:
+                out[b, start:s] = not labelled[b, start:s].any()
+                start = None
+    return out
+
+
+def coded(audio: Tensor, reference: Tensor, kept: Tensor) -> Tensor:
+    codes = torch.where(reference, REFERENCE, torch.where(audio, AUDIO, TEXT))
+    return torch.where(kept, codes, PADDING).to(torch.int8)
+
+
+SPEAKER = AudioRoles(predicts=True, codebooks=2)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_reference_among_the_roots_tokens(seed: int) -> None:
+    """Runs of placeholders without labels, laid over in order whatever the mask hides; a model that only listens has no reference."""
+    ids, kept = random_ids(seed), lengths_mask([15, 6, 12, 1], 15)
+    audio = (ids == AUDIO_ID) | (ids == DELAY_ID) | (random_ids(seed + 40) > 8)
+    frames = torch.randint(0, 9, (4, 15, 2), generator=torch.Generator().manual_seed(seed)).where(
+        random_ids(seed + 60)[..., None] > 9, -100
+    )
+    valid = torch.arange(15) < audio.sum(1, keepdim=True)
+    labelled = torch.zeros_like(audio)
+    labelled[audio] = (frames != -100).any(-1)[valid]
+    given = micro(
+        input_ids=torch.where(audio, AUDIO_ID, ids),
+        attention_mask=kept,
+        batch={"audio_labels": frames, "audio_input_ids_mask": valid},
+    )
+    found = of_tokens(given, facts(), SPEAKER)
+    assert found is not None
+    assert torch.equal(found, coded(audio, reference_in(audio, labelled), kept))
+    assert bool((found == REFERENCE).any())
+    listened = of_tokens(given, facts())
+    assert listened is not None
+    assert torch.equal(listened, coded(audio, torch.zeros_like(audio), kept))
+    unlabelled = of_tokens(micro(**given.kwargs), facts(), SPEAKER)
+    assert unlabelled is not None
+    assert torch.equal(unlabelled, listened)
+
+
+def test_placeholders_of_given_audio() -> None:
+    """What a placeholder of given audio stands for is reference by definition, labels or not, and takes no label of a predicted frame."""
+    ids = torch.tensor([[1, 7, 7, 1, 9, 9, 9, 1], [9, 9, 1, 7, 1, 1, 1, 1]])
+    columns = {"label_audio_ids": torch.tensor([[-100, 3, 3, -100, -100], [-100] * 5])}
+    roles = AudioRoles(predicts=True, given=frozenset({7}), codebooks=2)
+    t, a, r = TEXT, AUDIO, REFERENCE
+    found = of_tokens(micro(input_ids=ids, **columns), facts(), roles)
+    assert found is not None
+    assert found.tolist() == [[t, r, r, t, a, a, a, t], [r, r, t, r, t, t, t, t]]
+    without = of_tokens(micro(input_ids=ids), facts(), roles)
+    assert without is not None
+    assert without.tolist() == [[t, r, r, t, a, a, a, t], [a, a, t, r, t, t, t, t]]
+
+
+def test_masks_among_the_inputs() -> None:
+    """A mask adds to what the ids say; without ids it tells alone, where it covers all audio and the tokens' shape is known."""
+    ids, mask, kept = random_ids(2), random_ids(3) > 7, lengths_mask([15, 6, 12, 3], 15)
+    found = of_tokens(micro(input_ids=ids, attention_mask=kept, speech_mask=mask.long()), facts())
+    assert found is not None
+    audio = (ids == AUDIO_ID) | (ids == DELAY_ID) | mask
+    assert torch.equal(found, coded(audio, torch.zeros_like(audio), kept))
+    embeds = {"inputs_embeds": torch.zeros(4, 15, 8), "attention_mask": kept}
+    alone = of_tokens(micro(**embeds, audio_token_mask=mask), facts())
+    assert alone is not None
+    assert torch.equal(alone, coded(mask, torch.zeros_like(mask), kept))
+    assert of_tokens(micro(**embeds), facts()) is None
+    assert of_tokens(micro(**embeds, audio_token_mask=mask[:, :9]), facts()) is None
+    assert of_tokens(micro(**embeds, audio_out_mask=mask, input_features=torch.zeros(4, 8, 20)), facts()) is None
+    both = of_tokens(micro(**embeds, audio_out_mask=mask, audio_in_mask=~mask), facts(), SPEAKER)
+    assert both is not None
+    assert torch.equal(both, coded(torch.ones_like(mask), ~mask, kept))
+
+
+def test_one_id_for_a_segment_is_no_token_of_the_layers() -> None:
+    """Where one placeholder stands for a segment that the model expands, the root's ids tell nothing, even if the lengths agree."""
+    starts = torch.tensor([0])
+    assert of_tokens(micro(input_ids=random_ids(2)), facts()) is not None
+    assert of_tokens(micro(input_ids=random_ids(2), audio_out_ids_start=starts), facts()) is None
+    assert of_tokens(micro(input_ids=random_ids(2), batch={"audio_in_ids_start": starts}), facts()) is None
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_reference_in_what_the_model_expanded(seed: int) -> None:
+    """Audio in is reference, audio out is where a run's columns are all -100; without labels all audio out is target."""
+    ids, kept = random_ids(4), lengths_mask([15, 8, 12, 15], 15)
+    out, inside = random_ids(seed) > 5, random_ids(seed + 20) > 8
+    out &= ~inside
+    drawn = torch.rand(2, int(out.sum()), generator=torch.Generator().manual_seed(seed + 30))
+    columns = torch.where(drawn > 0.8, 5, -100)
+    labelled = torch.zeros_like(out)
+    labelled[out] = (columns != -100).any(0)
+    output = {"expanded_input_ids": ids, "audio_in_mask": inside, "audio_out_mask": out, "attention_mask": kept}
+    found = output_modality(micro(output, batch={"label_audio_ids": columns}), SPEAKER)
+    assert found is not None
+    assert torch.equal(found, coded(out | inside, inside | reference_in(out, labelled), kept))
+    without = output_modality(micro(output), SPEAKER)
+    assert without is not None
+    assert torch.equal(without, coded(out | inside, inside, kept))
+
+
+def causal(kept: Tensor) -> Tensor:
+    """Return the (B, 1, S, S) mask of causal attention over the tokens that are not padding."""
+    size = kept.shape[1]
+    return torch.ones(size, size, dtype=torch.bool).tril()[None, None] & kept[:, None, None]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("form", ["2-D", "bool", "added", "opened", "none"])
+def test_tokens_of_a_layers_arguments(form: str, side: str) -> None:
+    """A mask of all audio tells, and padding is read off the layer's attention mask of any form, else off the root's."""
+    audio, kept = random_ids(8) > 6, lengths_mask([15, 8, 12, 3], 15)
+    kept = kept.flip(1) if side == "left" else kept
+    allowed = causal(kept)
+    added = torch.where(allowed, 0.0, torch.finfo(torch.float32).min)
+    opened = allowed | ~allowed.any(-1, keepdim=True)  # as transformers does for kernels that cannot bear a row that sees nothing
+    masks = {"2-D": kept.long(), "bool": allowed, "added": added, "opened": opened, "none": None}
+    root = micro(attention_mask=kept) if form == "none" else micro()
+    found = layer_modality({"audio_token_mask": audio, "attention_mask": masks[form]}, root, facts(), SPEAKER)
+    assert found is not None
+    assert torch.equal(found, coded(audio, torch.zeros_like(audio), kept))
+
+
+def test_reference_by_a_layers_arguments() -> None:
+    """Labels among the root's inputs are laid over what the layer calls audio."""
+    audio = random_ids(9) > 6
+    columns = torch.full((2, int(audio.sum())), -100)
+    columns[1, 4] = 3
+    labelled = torch.zeros_like(audio)
+    labelled[audio] = (columns != -100).any(0)
+    found = layer_modality({"audio_token_mask": audio}, micro(label_audio_ids=columns), facts(), SPEAKER)
+    assert found is not None
+    assert torch.equal(found, coded(audio, reference_in(audio, labelled), torch.ones_like(audio)))
+
+
+def test_a_layer_that_knows_a_part() -> None:
+    """A mask of predicted audio alone is not taken for the whole where a clip is given, nor is anything claimed without a mask."""
+    audio = random_ids(9) > 6
+    clip = {"audio_features": torch.zeros(1, 8, 20)}
+    assert layer_modality({"audio_out_mask": audio}, micro(**clip), facts(), SPEAKER) is None
+    named = ModelFacts("Any", "any", False, 32, 0, (("audio_in_token_idx", 7),), (7,), 1)
+    assert layer_modality({"audio_out_mask": audio}, micro(), named, SPEAKER) is None
+    assert layer_modality({"audio_out_mask": audio}, micro(), facts(), SPEAKER) is not None
+    assert layer_modality({"hidden_states": torch.zeros(4, 15, 3)}, micro(), facts(), SPEAKER) is None
+    odd = {"audio_token_mask": audio, "attention_mask": torch.ones(4, 1, 15, 15, dtype=torch.int64)}
+    found = layer_modality(odd, micro(), facts(), SPEAKER)
+    assert found is not None
+    assert not (found == PADDING).any()
+
+
+def test_nothing_waits_for_the_device() -> None:
+    """From ids, layer masks and the root's output alike."""
+    ids, kept, audio = random_ids(0), lengths_mask([15, 3, 9, 0], 15), random_ids(1) > 6
+    columns = {"label_audio_ids": torch.zeros(2, 20, dtype=torch.int64)}
+    with NoWaiting() as watch:
+        of_tokens(micro(input_ids=ids, attention_mask=kept, **columns), facts(), SPEAKER)
+        layer_modality({"audio_token_mask": audio, "attention_mask": causal(kept)}, micro(**columns), facts(), SPEAKER)
+        output_modality(micro({"expanded_input_ids": ids, "audio_out_mask": audio, "attention_mask": kept}, batch=columns), SPEAKER)
+    assert watch.operators > 30
 
 
 def frame_modality(given: MicroBatch, *, frames: int, clips: int) -> Tensor | None:
