@@ -65,8 +65,8 @@ class Observer(Protocol):
     def leave(self, call: Call, buffer: StepBuffer) -> None:
         """See a call after the module's forward returned or raised (then ``call.output`` is ``None``)."""
 
-    def training_step(self, loss: Tensor | None, buffer: StepBuffer) -> None:
-        """See what ``training_step`` returned for one micro-batch, after its backward."""
+    def training_step(self, loss: Tensor | None, items: Tensor | float | None, buffer: StepBuffer) -> None:
+        """See what ``training_step`` returned for one micro-batch, after its backward, and the ``num_items_in_batch`` it was given."""
 
     def step_end(self, end: StepEnd, buffer: StepBuffer) -> None:
         """See the end of the last backward of the step, before clipping."""
@@ -91,7 +91,7 @@ class Watcher:
     def leave(self, call: Call, buffer: StepBuffer) -> None:
         """Do nothing."""
 
-    def training_step(self, loss: Tensor | None, buffer: StepBuffer) -> None:
+    def training_step(self, loss: Tensor | None, items: Tensor | float | None, buffer: StepBuffer) -> None:
         """Do nothing."""
 
     def step_end(self, end: StepEnd, buffer: StepBuffer) -> None:

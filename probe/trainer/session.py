@@ -176,7 +176,8 @@ class TrainerSession:
             loss = wrapped(*args, **kwargs)
         with self.observation.breaker.guard("step end"):
             self.forwards_seen = self.forwards_seen or bool(self.observation.buffer.micro_batches)
-            self.observation.after_backward(loss, self._step_end() if gradients_complete(self._trainer) else None)
+            items = kwargs.get("num_items_in_batch", args[2] if len(args) > 2 else None)
+            self.observation.after_backward(loss, self._step_end() if gradients_complete(self._trainer) else None, items=items)
         return loss
 
     def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
