@@ -8,7 +8,6 @@ from probe.records import AttentionKind, Site
 from probe.sites.audio_masks import audio_masks, cover_everything, cover_of, mask_takers, names_audio_mask
 from probe.sites.names import module_names
 
-
 OF_TOKENS = (
     "audio_token_mask audio_out_mask audio_in_mask audio_in_discrete_codes_mask audio_discrete_codes_mask speech_mask audio_mask "
     "input_audio_mask special_audio_mask mask_audio_tokens"
