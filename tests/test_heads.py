@@ -11,9 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from costs import peak_mib
+from probe.capture.microbatch import MicroBatch
 from probe.errors import ProbeValueError
-from probe.measure.heads import COLUMNS, HeadScore, score, split_codebooks
+from probe.measure.calibration import CALIBRATION, expected_calibration_error
+from probe.measure.heads import COLUMNS, HeadScore, Logits, score, split_codebooks
+from probe.records import Site
+from probe.sites.facts import ModelFacts
+from probe.sites.labels import align
+from probe.sites.laying import Aligned
 
+TEXT = Site("lm_head", "lm_head", "chosen by the test", modality="text")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -29,15 +36,30 @@ def reference(logits: Tensor, labels: Tensor) -> dict[str, float]:
     inside = (flat >= 0) & (flat < rows.shape[1])
     x, y = rows[inside], flat[inside]
     p = x.softmax(-1)
+    losses = F.cross_entropy(x, y, reduction="none")
+    correct = x.argmax(-1) == y
     return {
-        "cross_entropy": F.cross_entropy(x, y, reduction="sum").item(),
-        "correct": (x.argmax(-1) == y).sum().item(),
+        "cross_entropy": losses.sum().item(),
+        "correct": correct.sum().item(),
         "top5": ((x > x.gather(1, y[:, None])).sum(-1) < 5).sum().item(),
         "entropy": -torch.special.xlogy(p, p).sum().item(),
         "labelled": inside.sum().item(),
+        "squared_cross_entropy": losses.square().sum().item(),
+        **in_bins(p.max(-1).values.tolist(), correct.tolist()),
         "labels_outside": ((flat != -100) & ~inside).sum().item(),
         "nonfinite_rows": 0,
     }
+
+
+def in_bins(confidence: list[float], correct: list[bool]) -> dict[str, float]:
+    """Count in plain Python into 15 bins, each open below and closed above."""
+    found = dict.fromkeys(CALIBRATION, 0.0)
+    for p, right in zip(confidence, correct, strict=True):
+        number = next(m for m in range(15) if p <= (m + 1) / 15 + 1e-12)
+        found[f"bin_rows_{number}"] += 1
+        found[f"bin_confidence_{number}"] += p
+        found[f"bin_correct_{number}"] += right
+    return found
 
 
 def example(*shape: int, vocabulary: int = 97, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
@@ -55,9 +77,9 @@ def test_agrees_with_float64(dtype: torch.dtype, shape: tuple[int, ...]) -> None
     """Every column, for every dtype and leading shape, is what float64 gives; predictions are the argmax everywhere."""
     torch.manual_seed(1)
     logits, labels = example(*shape, dtype=dtype)
-    result = score(logits, labels, chunk_mib=0.005)
+    result = score(logits, labels, work_mib=0.005, keep=logits.numel())
     assert columns(result) == pytest.approx(reference(logits, labels), rel=1e-5)
-    assert torch.equal(result.predictions, logits.argmax(-1))
+    assert torch.equal(result.predictions, logits.argmax(-1).reshape(-1))
 
 
 def test_large_vocabulary() -> None:
@@ -85,15 +107,15 @@ VIEWS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("chunk_mib", [1e-6, 0.002, 8.0])
-def test_strides_and_chunks_do_not_matter(view: str, chunk_mib: float) -> None:
+@pytest.mark.parametrize("work_mib", [1e-6, 0.002, 8.0])
+def test_strides_and_chunks_do_not_matter(view: str, work_mib: float) -> None:
     """A view scores as its copy does, whatever the chunk."""
     torch.manual_seed(4)
     logits = VIEWS[view](4 * torch.randn(6, 13, 80))
     labels = torch.randint(0, logits.shape[-1], logits.shape[:-1])
-    result = score(logits, labels, chunk_mib=chunk_mib)
+    result = score(logits, labels, work_mib=work_mib, keep=17)
     assert columns(result) == pytest.approx(reference(logits, labels), rel=1e-5)
-    assert torch.equal(result.predictions, logits.argmax(-1))
+    assert torch.equal(result.predictions, logits.argmax(-1).reshape(-1)[:17])
 
 
 def test_labels_outside_the_vocabulary() -> None:
@@ -133,6 +155,67 @@ def test_far_tokens_keep_their_rank() -> None:
     assert found["cross_entropy"] == pytest.approx(303 + 304)
 
 
+def test_every_way_to_lay_labels() -> None:
+    """For each way: labelled rows, cross-entropy and the mean of -log p over the vocabulary, as torch's log-softmax gives them."""
+    torch.manual_seed(9)
+    logits, meant = example(3, 20)
+    others = {"shift_more": meant.roll(1, 1), "padding_out": meant.masked_fill(torch.rand(3, 20) < 0.5, -100)}
+    found = score(logits, meant, others=others, work_mib=0.01).audit
+    log_p = logits.double().log_softmax(-1)
+    for way, labels in {"meant": meant, **others}.items():
+        kept = labels != -100
+        loss = -log_p.gather(-1, labels.clamp(min=0)[..., None]).squeeze(-1)
+        expected = [kept.sum().item(), loss[kept].sum().item(), -log_p.mean(-1)[kept].sum().item()]
+        assert found[way].tolist() == pytest.approx(expected, rel=1e-5), way
+    logits[..., 3] = -math.inf
+    infinite = score(logits, torch.full((3, 20), 5), others={"shift_more": torch.full((3, 20), 3)}).audit
+    assert infinite["meant"][2] == math.inf
+    assert infinite["meant"][1].isfinite()
+    assert infinite["shift_more"].tolist() == [0, 0, 0]
+
+
+def test_what_the_model_does_behind_its_head() -> None:
+    """A factor and a softcap change the distribution as the model's own code does."""
+    torch.manual_seed(10)
+    logits, labels = example(3, 20)
+    changed = 5 * torch.tanh(logits.double() * 0.7 / 5)
+    found = columns(score(logits, labels, change=Logits(0.7, 5.0)))
+    expected = reference(changed, labels)
+    assert found == pytest.approx(expected, rel=1e-5)
+    assert columns(score(logits, labels, change=Logits(0.25))) == pytest.approx(reference(logits.double() / 4, labels), rel=1e-5)
+
+
+def test_histogram_of_predictions() -> None:
+    """Only predictions at labelled positions with finite logits are counted, over all chunks, and onto what is there."""
+    torch.manual_seed(11)
+    logits, labels = example(4, 30)
+    labels[0, :2], labels[1, 1] = 5, 1000
+    logits[0, 0, 3] = math.nan
+    counts = torch.ones(97, dtype=torch.int32)
+    score(logits, labels, histogram=counts, work_mib=0.01)
+    scored = (labels >= 0) & (labels < 97)
+    scored[0, 0] = False
+    assert torch.equal(counts, 1 + logits.argmax(-1)[scored].bincount(minlength=97).int())
+
+
+def test_calibration_error() -> None:
+    """The error of a head that says 0.75 and is right half the time is a quarter; of many random rows it is that of the definition."""
+    logits = torch.tensor([[math.log(3.0), 0.0]]).expand(10, 2)
+    found = columns(score(logits, torch.arange(10) % 2))
+    assert expected_calibration_error(found) == pytest.approx(0.25)
+    torch.manual_seed(12)
+    logits, labels = example(8, 200)
+    kept = labels != -100
+    p, predicted = logits.double().softmax(-1)[kept].max(-1)
+    error = 0.0
+    for m in range(15):
+        inside = (p > m / 15) & (p <= (m + 1) / 15)
+        if inside.any():
+            error += inside.double().mean().item() * abs((predicted == labels[kept])[inside].double().mean() - p[inside].mean()).item()
+    assert expected_calibration_error(columns(score(logits, labels))) == pytest.approx(error, rel=1e-5)
+    assert expected_calibration_error(dict.fromkeys(CALIBRATION, 0.0)) is None
+
+
 def test_ties_in_bf16() -> None:
     """Only strictly larger logits come before the label."""
     logits = torch.zeros(1, 50, dtype=torch.bfloat16)
@@ -156,7 +239,7 @@ def test_empty() -> None:
     """No rows: zeros and no predictions."""
     result = score(torch.empty(0, 7, 11), torch.empty(0, 7, dtype=torch.int64))
     assert result.sums.tolist() == [0] * len(COLUMNS)
-    assert result.predictions.shape == (0, 7)
+    assert result.predictions.shape == (0,)
 
 
 @pytest.mark.parametrize(("logits", "labels"), [((2, 3, 5), (2, 4)), ((3, 0), (3,)), ((), ())])
@@ -166,16 +249,37 @@ def test_wrong_shapes_are_an_error(logits: tuple[int, ...], labels: tuple[int, .
         score(torch.zeros(logits), torch.zeros(labels, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("shape", "vocabulary"), [((4, 33), 60_000), ((8, 40_000), 5), ((1, 3), 1_000_000)])
+SIZES = [((1, 600_000), 32), ((8, 50_000), 96), ((3, 1_001), 6_000), ((2, 50), 262_144)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("shape", "vocabulary"), SIZES)
 def test_memory_is_bounded(dtype: torch.dtype, shape: tuple[int, int], vocabulary: int) -> None:
-    """Beyond predictions the peak stays below four chunks, or four rows, for contiguous logits and for a slice of them."""
-    logits, labels = torch.zeros(*shape, vocabulary, dtype=dtype), torch.zeros(shape, dtype=torch.int64)
-    allowed = 4 * max(1.0, vocabulary * 4 / (1 << 20)) + labels.numel() * 8 / (1 << 20)
-    assert peak_mib(lambda: score(logits, labels, chunk_mib=1.0)) < allowed
-    # Labels that are no contiguous tensor are copied, 8 bytes a row.
-    allowed += labels.numel() * 8 / (1 << 20)
-    assert peak_mib(lambda: score(logits[:, :-1], labels[:, 1:], chunk_mib=1.0)) < allowed
+    """Laying the labels in every way and scoring them takes at most 32 MiB, whatever the vocabulary and the batch, sliced or not."""
+    if dtype == torch.float64 and vocabulary * math.prod(shape) > 30_000_000:
+        pytest.skip("the logits alone would fill the memory of a small machine")
+    logits, ids = torch.zeros(*shape, vocabulary, dtype=dtype), torch.zeros(shape, dtype=torch.int64)
+    inputs = {"labels": ids, "attention_mask": torch.ones(shape, dtype=torch.int64)}
+    facts = ModelFacts("", "", encoder_decoder=False, vocabulary=None, codebooks=0, audio_tokens=(), audio_placeholders=(), label_shift=1)
+
+    def measured(given: Tensor) -> Any:
+        found = align(given, site=TEXT, facts=facts, micro=MicroBatch(index=0, kwargs=inputs))
+        assert isinstance(found, Aligned)
+        assert len(found.others) == 3
+        return score(found.logits, found.labels, others=found.others, keep=4096, histogram=torch.zeros(vocabulary, dtype=torch.int32))
+
+    assert peak_mib(lambda: measured(logits)) < 32
+    inputs = {name: tensor[:, 1:] for name, tensor in inputs.items()}
+    assert peak_mib(lambda: measured(logits[:, :-1])) < 32
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_working_memory(dtype: torch.dtype) -> None:
+    """Scoring alone stays in the working memory that it is given, and 4 MiB for what rows take; a row that is larger takes 12 bytes a logit."""
+    for shape, vocabulary, work in (((4, 33), 60_000, 3.0), ((8, 40_000), 32, 1.0), ((1, 3), 1_000_000, 1.0)):
+        logits, labels = torch.zeros(*shape, vocabulary, dtype=dtype), torch.zeros(shape, dtype=torch.int64)
+        allowed = max(work, vocabulary * 12 / (1 << 20)) + 4
+        assert peak_mib(lambda: score(logits, labels, work_mib=work)) < allowed
 
 
 def test_autocast_and_grad_leave_it_alone() -> None:
@@ -190,9 +294,11 @@ def test_autocast_and_grad_leave_it_alone() -> None:
 
 def test_no_sync() -> None:
     """On a device whose values the host cannot read, nothing is read; labels on the CPU are moved."""
-    result = score(torch.empty(2, 5, 11, device="meta"), torch.zeros(2, 5, dtype=torch.int32))
+    counts = torch.empty(11, dtype=torch.int32, device="meta")
+    labels = torch.zeros(2, 5, dtype=torch.int32)
+    result = score(torch.empty(2, 5, 11, device="meta"), labels, others={"shift_more": labels}, keep=7, histogram=counts)
     assert result.sums.shape == (len(COLUMNS),)
-    assert result.predictions.shape == (2, 5)
+    assert result.predictions.shape == (7,)
 
 
 def test_split_codebooks() -> None:

@@ -17,7 +17,8 @@ from probe.capture.microbatch import MicroBatch
 from probe.measure.heads import COLUMNS, score
 from probe.records import Site
 from probe.sites.facts import ModelFacts, read_facts
-from probe.sites.labels import Aligned, NotAligned, align
+from probe.sites.labels import NotAligned, align
+from probe.sites.laying import Aligned
 
 TEXT = Site("lm_head", "lm_head", "chosen by the test", modality="text")
 CAUSAL = ModelFacts(
@@ -244,7 +245,89 @@ def test_logits_to_keep(name: str) -> None:
     assert codebook_losses(aligned(logits, audio(3), CAUSAL, {"audio_labels": labels, name: 4})) == pytest.approx(expected, abs=1e-5)
 
 
-@pytest.mark.parametrize("keep", [3, torch.tensor([1, 5, 6, 8]), None])
+@pytest.mark.parametrize("index", [[1, 5, 6, 8], [0, -1, 3], [7]])
+def test_logits_of_chosen_positions(index: list[int]) -> None:
+    """Logits of positions that an index tensor names, from the end too, lie over the labels after these, of text and of audio."""
+    torch.manual_seed(9)
+    every, labels = torch.randn(2, 9, 33), torch.randint(0, 11, (2, 9, 3))
+    labels[0, 2] = -100
+    inputs = {"labels": labels[..., 0], "audio_labels": labels, "logits_to_keep": torch.tensor(index)}
+    found = aligned(every[:, index, :11], TEXT, CAUSAL, inputs)
+    whole = aligned(every[..., :11], TEXT, CAUSAL, {"labels": labels[..., 0]})
+    assert isinstance(found, Aligned)
+    assert isinstance(whole, Aligned)
+    assert found.how == f"{len(index)} chosen positions, shifted by one"
+    assert torch.equal(found.labels, whole.labels[:, index])
+    assert {way: laid.tolist() for way, laid in found.others.items()} == {
+        way: laid[:, index].tolist() for way, laid in whole.others.items()
+    }
+    codes = aligned(every[:, index], audio(3), CAUSAL, inputs)
+    assert isinstance(codes, Aligned)
+    assert torch.equal(codes.labels[:, :, 0], found.labels)
+
+
+def test_slips() -> None:
+    """One shift less and one more lie a position to either side; an encoder-decoder has no less, and audio no padding."""
+    labels = torch.arange(12).view(2, 6)
+    found = aligned(torch.randn(2, 6, 11), TEXT, CAUSAL, {"labels": labels})
+    assert isinstance(found, Aligned)
+    assert found.labels.tolist() == [[1, 2, 3, 4, 5, -100], [7, 8, 9, 10, 11, -100]]
+    assert {way: laid.tolist() for way, laid in found.others.items()} == {
+        "shift_less": labels.tolist(),
+        "shift_more": [[2, 3, 4, 5, -100, -100], [8, 9, 10, 11, -100, -100]],
+    }
+    joined = aligned(torch.randn(2, 6, 11), TEXT, JOINED, {"labels": labels})
+    assert isinstance(joined, Aligned)
+    assert joined.labels.tolist() == labels.tolist()
+    assert {way: laid.tolist() for way, laid in joined.others.items()} == {"shift_more": found.labels.tolist()}
+    codes = aligned(torch.randn(1, 4, 33), audio(3), CAUSAL, {"audio_labels": labels.view(1, 4, 3), "attention_mask": torch.zeros(1, 4)})
+    assert isinstance(codes, Aligned)
+    assert set(codes.others) == {"shift_less", "shift_more"}
+    assert codes.others["shift_more"].tolist() == [[[6, 7, 8], [9, 10, 11], [-100] * 3, [-100] * 3]]
+    ready = aligned(torch.randn(2, 6, 11), TEXT, CAUSAL, {"shift_labels": labels, "attention_mask": torch.tensor([[1] * 5 + [0]] * 2)})
+    assert isinstance(ready, Aligned)
+    assert {way: laid[0].tolist() for way, laid in ready.others.items()} == {
+        "shift_less": [-100, 0, 1, 2, 3, 4],
+        "shift_more": [1, 2, 3, 4, 5, -100],
+        "padding_out": [0, 1, 2, 3, -100, 5],
+    }
+
+
+def test_labels_at_padding() -> None:
+    """What the mask hides is left out, of labels before the shift; a 2-D mask of the encoder says nothing of a decoder's labels."""
+    labels, mask = torch.arange(12).view(2, 6), torch.tensor([[1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1]])
+    found = aligned(torch.randn(2, 6, 11), TEXT, CAUSAL, {"labels": labels, "attention_mask": mask})
+    assert isinstance(found, Aligned)
+    assert found.others["padding_out"].tolist() == [[1, 2, 3, -100, -100, -100], [-100, 8, 9, 10, 11, -100]]
+    joined = aligned(torch.randn(2, 6, 11), TEXT, JOINED, {"labels": labels, "attention_mask": mask})
+    assert isinstance(joined, Aligned)
+    assert "padding_out" not in joined.others
+    joined = aligned(torch.randn(2, 6, 11), TEXT, JOINED, {"labels": labels, "decoder_attention_mask": mask})
+    assert isinstance(joined, Aligned)
+    assert joined.others["padding_out"].tolist() == [[0, 1, 2, 3, -100, -100], [-100, -100, 8, 9, 10, 11]]
+    kept = aligned(torch.randn(2, 2, 11), TEXT, CAUSAL, {"labels": labels, "attention_mask": mask, "logits_to_keep": 2})
+    assert isinstance(kept, Aligned)
+    assert kept.others["padding_out"].tolist() == [[-100, -100], [11, -100]]
+    output = {"expanded_labels": labels, "attention_mask": mask}
+    expanded = aligned(torch.randn(2, 6, 11), TEXT, CAUSAL, {"labels": labels[:, :4], "attention_mask": mask[:, :4]}, output)
+    assert isinstance(expanded, Aligned)
+    assert torch.equal(expanded.others["padding_out"], found.others["padding_out"])
+
+
+def test_a_run_of_padding_tokens() -> None:
+    """Without a decoder mask: the run of padding ids that ends a row, all but its first where padding also ends a text."""
+    labels = torch.tensor([[3, 9, 4, 9, 9, 9], [3, 4, 9, 9, -100, -100], [1, 2, 3, 4, 5, 9], [9, 9, 9, 9, 9, 4]])
+    for ends, expected in (
+        (True, [[3, 9, 4, 9, -100, -100], [3, 4, 9, -100, -100, -100], [1, 2, 3, 4, 5, 9], [9, 9, 9, 9, 9, 4]]),
+        (False, [[3, 9, 4, -100, -100, -100], [3, 4, -100, -100, -100, -100], [1, 2, 3, 4, 5, -100], [9, 9, 9, 9, 9, 4]]),
+    ):
+        facts = replace(JOINED, padding_token=9, ends_with_padding=ends)
+        found = aligned(torch.randn(4, 6, 11), TEXT, facts, {"labels": labels})
+        assert isinstance(found, Aligned)
+        assert found.others["padding_out"].tolist() == expected
+
+
+@pytest.mark.parametrize("keep", [3, torch.tensor([1, 5, 6]), torch.tensor([1, 0, 1, 0, 1, 0, 1, 0, 0]) != 0, torch.ones(4), None])
 def test_lengths_that_do_not_match(keep: Any) -> None:
     """Logits shorter than the labels without a matching ``logits_to_keep`` are not guessed at: the reason holds the numbers."""
     found = aligned(torch.randn(2, 4, 11), TEXT, CAUSAL, {"labels": torch.zeros(2, 9, dtype=torch.int64), "logits_to_keep": keep})
@@ -314,7 +397,7 @@ def test_masks_of_another_shape() -> None:
     for mask in (torch.zeros(2, 1, 6, 6), torch.zeros(2, 9), None):
         found = aligned(torch.randn(2, 6, 11), TEXT, replace(CAUSAL, model_type="qwen2_audio"), {"labels": labels, "attention_mask": mask})
         assert isinstance(found, Aligned)
-        assert (found.labels == 0).all()
+        assert (found.labels[:, :-1] == 0).all()
 
 
 def test_soft_labels_are_no_token_ids() -> None:
@@ -327,8 +410,9 @@ def test_single_position(positions: int) -> None:
     """One position, or none, predicts nothing after a shift: no rows, no crash."""
     found = aligned(torch.randn(2, positions, 11), TEXT, CAUSAL, {"labels": torch.zeros(2, positions, dtype=torch.int64)})
     assert isinstance(found, Aligned)
-    assert found.labels.shape == (2, 0)
-    assert found.logits.shape == (2, 0, 11)
+    assert found.labels.shape == (2, positions)
+    assert (found.labels == -100).all()
+    assert found.logits.shape == (2, positions, 11)
 
 
 def test_views_not_copies() -> None:
@@ -345,7 +429,10 @@ def test_no_sync() -> None:
     ids = torch.zeros(2, 6, dtype=torch.int64)
     inputs = {"labels": ids, "audio_labels": torch.zeros(2, 5, 3, dtype=torch.int64), "input_ids": ids.to("meta")}
     inputs["audio_input_ids_mask"] = torch.ones(2, 5, dtype=torch.bool)
+    inputs["logits_to_keep"] = torch.tensor([1, 2])
     for site, width in ((TEXT, 11), (audio(3), 33)):
-        found = aligned(torch.empty(2, 6, width, device="meta"), site, CAUSAL, inputs)
-        assert isinstance(found, Aligned)
-        assert found.labels.device.type == "meta"
+        for positions in (2, 6):
+            found = aligned(torch.empty(2, positions, width, device="meta"), site, replace(CAUSAL, padding_token=3), inputs)
+            assert isinstance(found, Aligned)
+            assert found.labels.device.type == "meta"
+            assert {laid.device.type for laid in found.others.values()} == {"meta"}

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 from probe.assemble.draft import Draft, ratio
 from probe.capture.cells import CellValues
-from probe.capture.observers.heads import head_cell
+from probe.capture.observers.head_cells import HEAD_COLUMNS as SCORES
+from probe.capture.observers.head_cells import head_cell
 from probe.capture.observers.statistics import spread_cell, statistics_cell
-from probe.measure.heads import COLUMNS as SCORES
 from probe.measure.spread import standard_deviation
 from probe.measure.statistics import finish
 from probe.records import Accuracy, Head, Modality, Site, SiteStatistics
@@ -126,8 +126,8 @@ def _accuracy(sums: dict[str, float]) -> Accuracy:
 def _head(draft: Draft, site: Site, row: SiteStatistics) -> Head:
     local, facts = draft.host.local, draft.host.facts
     each = tuple(_accuracy(draft.host.cells[head_cell(site.name, k)].sums) for k in range(site.codebooks if site.codebooks > 1 else 0))
-    target = local.get(f"target:{site.name}", ())
-    pairs = [(int(p), int(t)) for p, t in zip(local.get(f"predicted:{site.name}", ()), target) if t != -100]
+    targets = local.get(f"target:{site.name}", ((),))
+    pairs = [(int(p), int(t)) for p, t in zip(local.get(f"predicted:{site.name}", ((),))[0], targets[0]) if t != -100]
     predicted, wanted = tuple(p for p, _ in pairs), tuple(t for _, t in pairs)
     as_text = site.modality == "text" and bool(pairs)
     decoder = draft.run.decoder

@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from probe.sites.configs import all_configs, config_of, field_of, fields_of, number_of, text_of
+from probe.sites.conventions import logit_changes, padding_token
 from probe.sites.encoders import is_audio_encoder
 from probe.sites.names import class_name, is_pretrained, module_names, unwrapped
 
@@ -47,6 +48,9 @@ class ModelFacts:
         audio_placeholders: Ids at whose positions the model puts audio embeddings. In Higgs Audio v2 the delay token is one
             (``get_placeholder_mask`` treats it like the audio token).
         label_shift: 0 where labels lie over logits position by position (encoder-decoder, masked), 1 where logits predict the next label.
+        padding_token: Id that pads token sequences; ``None`` if the configs do not tell.
+        ends_with_padding: That id also ends a text (or no other is known to).
+        logit_factor, logit_softcap: What the class does to the logits of its text head, see :mod:`probe.sites.conventions`.
     """
 
     model_class: str
@@ -57,6 +61,10 @@ class ModelFacts:
     audio_tokens: tuple[tuple[str, int], ...]
     audio_placeholders: tuple[int, ...]
     label_shift: int
+    padding_token: int | None = None
+    ends_with_padding: bool = True
+    logit_factor: float = 1.0
+    logit_softcap: float | None = None
 
 
 def read_facts(model: nn.Module) -> ModelFacts:
@@ -65,6 +73,8 @@ def read_facts(model: nn.Module) -> ModelFacts:
     configs = all_configs(core)
     encoder_decoder = bool(field_of(configs[0], "is_encoder_decoder")) if configs else False
     tokens = _audio_tokens(configs)
+    padding, ends = padding_token(core)
+    factor, softcap = logit_changes(core)
     return ModelFacts(
         model_class=class_name(core),
         model_type=text_of(configs[0], "model_type") if configs else "",
@@ -74,6 +84,10 @@ def read_facts(model: nn.Module) -> ModelFacts:
         audio_tokens=tokens,
         audio_placeholders=tuple(dict.fromkeys(value for name, value in tokens if name in _PLACEHOLDERS)),
         label_shift=0 if encoder_decoder or _NO_SHIFT.search(class_name(core)) else 1,
+        padding_token=padding,
+        ends_with_padding=ends,
+        logit_factor=factor,
+        logit_softcap=softcap,
     )
 
 

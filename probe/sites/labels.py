@@ -12,50 +12,39 @@ from torch import Tensor
 from probe.capture.microbatch import MicroBatch, named_output
 from probe.measure.heads import split_codebooks
 from probe.records import Site
+from probe.sites.laying import IGNORED as IGNORED
+from probe.sites.laying import Aligned, asked_to_keep, kept_positions, lay, lay_shifted, padding_of
 
 if TYPE_CHECKING:
     from probe.sites.facts import ModelFacts
 
-IGNORED = -100
 TEXT_LABELS = ("labels", "label_ids")
 AUDIO_LABELS = ("audio_labels", "label_audio_ids")
 EXPANDED_LABELS = "expanded_labels"
 SHIFTED_LABELS = "shift_labels"
-LOGITS_TO_KEEP = ("logits_to_keep", "num_logits_to_keep")
 
 # Model types whose own loss leaves out labels under padding, whatever they are (Qwen2AudioForConditionalGeneration.forward).
 _UNLEARNT_UNDER_PADDING = frozenset({"qwen2_audio"})
 
 
 @dataclass(frozen=True, slots=True)
-class Aligned:
-    """Labels that lie over logits, one for each row.
-
-    Attributes:
-        labels: int64 on the logits' device, (..., ) or (..., K) for an audio head; -100 where nothing is to be predicted.
-        logits: A view of the head's logits, (..., V) or (..., K, V) for an audio head with K codebooks, without the positions that
-            predict nothing. It keeps the whole of the logits alive.
-        how: How they were laid over each other, for the record ("shifted by one", "not shifted", ...).
-    """
-
-    labels: Tensor
-    logits: Tensor
-    how: str
-
-
-@dataclass(frozen=True, slots=True)
 class NotAligned:
-    """Why there are no labels for a head. ``later``: the root's output may still bring labels; ask again when it has returned."""
+    """Why there are no labels for a head.
+
+    ``later``: the root's output may still bring labels; ask again when it has returned. ``absent``: there are no labels for it at all.
+    """
 
     reason: str
     later: bool = False
+    absent: bool = False
 
 
 def align(logits: Tensor, *, site: Site, facts: ModelFacts, micro: MicroBatch) -> Aligned | NotAligned:
     """Find the labels of a head and lay them over its logits as the model's own loss does.
 
     The shift is a property of the model (``facts.label_shift``), never chosen by what fits: a fit would hide labels that are shifted
-    twice. No sync; labels on another device are moved without waiting. Memory: a few int64 tensors of the labels' size.
+    twice. No sync; labels on another device are moved without waiting. Memory: 16 bytes a label that stay with the result, 24 while it is
+    made (more for labels that are laid over placeholders); the logits are not copied.
 
     Args:
         logits: What the head returned: (B, S, V); for an audio head of K codebooks (B, S, K*V), or (n, K*V) or (n, K, V) over the n
@@ -74,22 +63,25 @@ def _align_text(logits: Tensor, facts: ModelFacts, micro: MicroBatch) -> Aligned
     inputs, pending = micro.inputs, micro.output is None
     ready = _find(inputs, (SHIFTED_LABELS,)) if facts.label_shift else None
     if ready is not None and ready[1].shape == logits.shape[:-1]:
-        return Aligned(_moved(ready[1], logits), logits, f"already shifted ({SHIFTED_LABELS})")
+        labels = _moved(ready[1], logits)
+        return lay_shifted(labels, logits=logits, padding=_padding(labels, facts, inputs), how=f"already shifted ({SHIFTED_LABELS})")
     expanded = named_output(micro.output, EXPANDED_LABELS)
     found = [(EXPANDED_LABELS, expanded)] if _is_labels(expanded) else []
     found += [pair for pair in (_find(inputs, TEXT_LABELS),) if pair is not None]
     for name, labels in found:
-        kept = _kept(labels, logits, inputs, positions=-1)
+        kept = kept_positions(labels, logits.shape[:-1], inputs, positions=-1)
         if kept is None:
             continue
+        mask = named_output(micro.output, "attention_mask") if name == EXPANDED_LABELS else None
+        labels = _moved(labels, logits)
+        if facts.model_type in _UNLEARNT_UNDER_PADDING:
+            labels = _without_padding(labels, inputs.get("attention_mask"))
+        padding = _padding(labels, facts, inputs, mask=mask)
         how = f"{name}, " if name == EXPANDED_LABELS else ""
-        if kept is not labels:
-            how += f"the last {kept.shape[-1]}, "
-        elif facts.model_type in _UNLEARNT_UNDER_PADDING:
-            kept = _without_padding(labels, inputs.get("attention_mask"))
-        return _shifted(_moved(kept, logits), logits, facts.label_shift, how)
+        return lay(labels, logits=logits, shift=facts.label_shift, kept=kept, padding=padding, how=how)
     if not found:
-        return NotAligned(f"no labels among the inputs (looked for {', '.join((*TEXT_LABELS, SHIFTED_LABELS))})", later=pending)
+        reason = f"no labels among the inputs (looked for {', '.join((*TEXT_LABELS, SHIFTED_LABELS))})"
+        return NotAligned(reason, later=pending, absent=True)
     return NotAligned(_mismatch(*found[0], logits, inputs), later=pending)
 
 
@@ -97,7 +89,7 @@ def _align_audio(logits: Tensor, codebooks: int, facts: ModelFacts, micro: Micro
     inputs = micro.inputs
     found = _find(inputs, AUDIO_LABELS)
     if found is None:
-        return NotAligned(f"no audio labels among the inputs (looked for {', '.join(AUDIO_LABELS)})")
+        return NotAligned(f"no audio labels among the inputs (looked for {', '.join(AUDIO_LABELS)})", absent=True)
     name, labels = found
     labels, over_placeholders = _moved(labels, logits), False
     if labels.dim() == 2 and labels.shape[0] == codebooks and (name == "label_audio_ids" or labels.shape[1] != codebooks):
@@ -113,12 +105,18 @@ def _align_audio(logits: Tensor, codebooks: int, facts: ModelFacts, micro: Micro
         if logits.shape[-1] % codebooks:
             return NotAligned(f"logits of shape {tuple(logits.shape)} do not divide by {codebooks} codebooks")
         split = split_codebooks(logits, codebooks)
-    kept = _kept(labels, split, inputs, positions=-2) if labels.dim() > 1 else None
+    kept = kept_positions(labels, split.shape[:-1], inputs, positions=-2) if labels.dim() > 1 else None
     if kept is None:
         return NotAligned(_mismatch(name, found[1], logits, inputs))
     how = "laid over the audio placeholders, " if over_placeholders else ""
-    how += "" if kept is labels else f"the last {kept.shape[-2]}, "
-    return _shifted(kept, split, facts.label_shift, how, positions=-2)
+    return lay(labels, logits=split, shift=facts.label_shift, kept=kept, how=how, positions=-2)
+
+
+def _padding(labels: Tensor, facts: ModelFacts, inputs: Mapping[str, Any], *, mask: Any = None) -> Tensor | None:
+    """Return (B, S) bool, True where a label belongs to padding, or ``None``; ``mask`` is the model's own if it expands the labels."""
+    if mask is None:
+        mask = inputs.get("decoder_attention_mask" if facts.encoder_decoder else "attention_mask")
+    return padding_of(labels, mask, pad=facts.padding_token, ends_with_pad=facts.ends_with_padding)
 
 
 def _over_placeholders(labels_BFK: Tensor, placeholders: Sequence[int], inputs: Mapping[str, Any]) -> Tensor | None:
@@ -156,38 +154,9 @@ def _over_placeholders(labels_BFK: Tensor, placeholders: Sequence[int], inputs: 
     return torch.where(taken.unsqueeze(-1), rows, IGNORED).view(*ids_BS.shape, -1)
 
 
-def _kept(labels: Tensor, logits: Tensor, inputs: Mapping[str, Any], *, positions: int) -> Tensor | None:
-    """Return the labels of the positions that the logits kept, or None if they do not lie over each other.
-
-    ``positions`` is the dimension of the labels that counts positions. With ``logits_to_keep=n`` the logits are of the last n.
-    """
-    shape = logits.shape[:-1]
-    if labels.shape == shape:
-        return labels
-    if len(shape) != labels.dim():
-        return None
-    keep, total = shape[positions], labels.shape[positions]
-    asked = next((inputs[name] for name in LOGITS_TO_KEEP if name in inputs), None)
-    if not isinstance(asked, int) or asked != keep or keep > total:
-        return None
-    last = labels.narrow(positions, total - keep, keep)
-    return last if last.shape == shape else None
-
-
-def _shifted(labels: Tensor, logits: Tensor, shift: int, how: str, *, positions: int = -1) -> Aligned:
-    """Lay the logits of each position over the label ``shift`` positions later."""
-    if not shift:
-        return Aligned(labels, logits, f"{how}not shifted")
-    total = labels.shape[positions]
-    rest = max(total - shift, 0)
-    later = labels.narrow(positions, total - rest, rest)
-    return Aligned(later, logits.narrow(positions - 1, 0, rest), f"{how}shifted by {'one' if shift == 1 else shift}")
-
-
 def _without_padding(labels: Tensor, mask: Any) -> Tensor:
-    if not isinstance(mask, Tensor) or mask.shape != labels.shape:
-        return labels
-    return torch.where(mask.to(labels.device, non_blocking=True) != 0, labels, IGNORED)
+    hidden = padding_of(labels, mask, pad=None, ends_with_pad=False)
+    return labels if hidden is None else labels.masked_fill(hidden, IGNORED)
 
 
 def _find(inputs: Mapping[str, Any], names: Sequence[str]) -> tuple[str, Tensor] | None:
@@ -204,8 +173,8 @@ def _moved(labels: Tensor, logits: Tensor) -> Tensor:
 
 def _mismatch(name: str, labels: Tensor, logits: Tensor, inputs: Mapping[str, Any]) -> str:
     reason = f"{name} of shape {tuple(labels.shape)} does not lie over logits of shape {tuple(logits.shape)}"
-    asked = next((f"{keep}={_said(inputs[keep])}" for keep in LOGITS_TO_KEEP if keep in inputs), "")
-    return f"{reason} ({asked})" if asked else reason
+    asked = asked_to_keep(inputs)
+    return reason if asked is None else f"{reason} ({asked[0]}={_said(asked[1])})"
 
 
 def _said(value: Any) -> str:
