@@ -124,14 +124,25 @@ def test_labels_over_the_tokens() -> None:
 
 def test_labels_of_one_codebook_and_of_columns() -> None:
     """(B, F) labels of a single codebook are joined; (K, N) is taken for columns under any name where K is the number of codebooks."""
-    audio, real = bits(1, 4, 13), bits(2, 4, 6)
-    joined = labelled_positions(audio, {"audio_labels": labels_where(real, 3)}, roles(codebooks=1))
+    audio, real, valid = bits(1, 4, 13), bits(2, 4, 6), bits(4, 4, 6, share=0.8)
+    given = {"audio_labels": labels_where(real, 3), "audio_input_ids_mask": valid}
+    joined = labelled_positions(audio, given, roles(codebooks=1))
     assert joined is not None
-    assert torch.equal(joined, expected_laid(audio, real.flatten()))
+    assert torch.equal(joined, expected_laid(audio, real.flatten(), valid.flatten()))
     columns = bits(5, BOOKS, 9, share=0.2)
     found = labelled_positions(audio, {"audio_labels": labels_where(columns, 3)}, roles())
     assert found is not None
     assert torch.equal(found, expected_laid(audio, columns.any(0)))
+
+
+def test_frames_without_a_mask() -> None:
+    """Of one sample, frames are in order; of several, what fills up the shorter ones is not known, and nothing is claimed."""
+    audio, real = bits(1, 1, 13), bits(2, 1, 6, BOOKS)
+    found = labelled_positions(audio, {"audio_labels": labels_where(real, 3)}, roles())
+    assert found is not None
+    assert torch.equal(found, expected_laid(audio, real.any(-1).flatten()))
+    several = {"audio_labels": labels_where(bits(2, 4, 6, BOOKS), 3)}
+    assert labelled_positions(bits(1, 4, 13), several, roles()) is None
 
 
 def test_labels_that_tell_nothing() -> None:

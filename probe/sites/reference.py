@@ -98,8 +98,8 @@ def unlabelled_runs(audio_BS: Tensor, inputs: Mapping[str, Any], roles: AudioRol
 def labelled_positions(audio_BS: Tensor, inputs: Mapping[str, Any], roles: AudioRoles) -> Tensor | None:
     """Return which positions have a label in at least one codebook, (B, S) bool; ``None`` if the labels do not tell.
 
-    Labels come as (K, N), one column a predicted frame of the batch; as (B, F, K), with or without a mask of which frames are real,
-    in the order of the audio positions; as (B, F) of a single codebook; or over the tokens: (B, S) or (B, S, K).
+    Labels come as (K, N), one column a predicted frame of the batch; as (B, F, K), or (B, F) of a single codebook, in the order of the
+    audio positions, with a mask of which frames are real; or over the tokens: (B, S) or (B, S, K).
     """
     found = labels_of_audio(inputs, roles)
     if found is None:
@@ -118,7 +118,8 @@ def labelled_positions(audio_BS: Tensor, inputs: Mapping[str, Any], roles: Audio
         return laid_over(audio_BS, real.any(0)) if shape[0] == roles.codebooks else None
     frames_N = (real.any(-1) if real.dim() == 3 else real).reshape(-1)
     if not isinstance(mask, Tensor):
-        return laid_over(audio_BS, frames_N)
+        # Of several samples, nobody can say which frames only fill up the shorter ones.
+        return laid_over(audio_BS, frames_N) if shape[0] == 1 else None
     if mask.numel() != frames_N.numel():
         return None
     return laid_over(audio_BS, frames_N, mask.detach().to(audio_BS.device, non_blocking=True).reshape(-1) != 0)
