@@ -29,6 +29,7 @@ from probe.capture.observers.statistics import StatisticsWatcher
 from probe.capture.totals import Totals
 from probe.capture.window import Window
 from probe.errors import ProbeValueError
+from probe.foreign.trainer_loss import LossSettings
 from probe.merge.layout import make_layout
 from probe.merge.packing import Transfer, pack
 from probe.merge.ranks import agree, here
@@ -37,6 +38,7 @@ from probe.settings import Options, Settings
 from probe.sites.choices import choices_below
 from probe.sites.discovery import Discovery, discover
 from probe.sites.names import module_names
+from probe.sites.reduction import read_reduction
 
 MIB = 1024 * 1024
 
@@ -67,6 +69,7 @@ class Observation:
         around: nn.Module,
         processors: Sequence[Any],
         say: Callable[[str], None],
+        loss: LossSettings | None = None,
     ) -> None:
         """Find the sites and make the observers; no hook is registered yet.
 
@@ -78,6 +81,7 @@ class Observation:
             processors: Tokenizers, feature extractors or processors, best first: the first that decodes turns ids into text, the
                 first that extracts features tells the frame rate.
             say: Receives one line when something is switched off.
+            loss: What the Trainer does with the loss; ``None`` without a Trainer.
         """
         prefix = module_names(model).find(attached) or ""
         self.discovery = discover(model, choices=choices_below(prefix, options.sites))
@@ -94,7 +98,8 @@ class Observation:
         flex = any(getattr(getattr(m, "config", None), "_attn_implementation", "") == "flex_attention" for m in model.modules())
         self.window = Window(self._hooks, self.breaker, around=around, compile_mode=options.compile, flex=flex)
         self.buffer = StepBuffer(budget_bytes=int(options.budget_mib * MIB), sites=tuple(sites), cells=self._layout.cells)
-        self._run = _context(model, self.discovery, options, processors, say)
+        reduction = read_reduction(model, self.discovery.sites.sites, self.discovery.facts)
+        self._run = replace(_context(model, self.discovery, options, processors, say), loss_settings=loss, reduction=reduction)
         self.ranks = here()
 
     def join(self, every: Collection[int]) -> None:
@@ -162,8 +167,8 @@ class Observation:
             self.ranks.reduce(sums, maxima)
         return Measured(step, Transfer(totals, self._layout, sums, maxima), len(self.buffer.micro_batches), self.buffer.kept())
 
-    def record(self, measured: Measured) -> StepRecord:
-        """Return the record of a step. Waits for its numbers if they are still under way.
+    def record(self, measured: Measured, *, logged: float | None = None) -> StepRecord:
+        """Return the record of a step. Waits for its numbers if they are still under way. ``logged``: the Trainer's log of this step alone.
 
         A part that failed on any rank is switched off on this one too: the merged record says so to all of them alike.
         """
@@ -172,7 +177,7 @@ class Observation:
             ranks = host.cells["step"].counts[f"failed:{part}"]
             if ranks and not self.breaker.is_off(part):
                 self.breaker.failures[part] = f"switched off after an error on {int(ranks)} other ranks"
-        return assemble(measured.step, host, self._run, failures=self.breaker.failures)
+        return assemble(measured.step, host, self._run, failures=self.breaker.failures, logged=logged)
 
     def close(self) -> None:
         """Remove every hook and let go of inputs and captures."""

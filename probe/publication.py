@@ -55,12 +55,17 @@ class Publisher:
         """Take a step whose numbers are on their way."""
         self._waiting.append(measured)
 
-    def publish(self) -> None:
-        """Publish every step that waits. Waits for their numbers if they are still under way."""
+    def publish(self, *, logged: tuple[int, float] | None = None) -> None:
+        """Publish every step that waits. Waits for their numbers if they are still under way.
+
+        Args:
+            logged: A step, and the training loss that the Trainer logs of that step alone.
+        """
         waiting, self._waiting = self._waiting, []
         for measured in waiting:
             with self._breaker.guard("record"):
-                record = self._observation.record(measured)
+                alone = logged[1] if logged is not None and logged[0] == measured.step else None
+                record = self._observation.record(measured, logged=alone)
                 self._keep(record, measured.forwards > 0)
                 self._unlogged = record
                 self._write(record, measured)

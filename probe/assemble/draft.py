@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from probe.assemble.text import Decoder
+from probe.foreign.trainer_loss import LossSettings
 from probe.merge.packing import HostStep
 from probe.sites.discovery import SiteMap
 from probe.sites.facts import ModelFacts
+from probe.sites.reduction import Reduction
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,8 @@ class RunContext:
     Attributes:
         reasons: What was not measured in the whole run, and why.
         frames_per_second: Rate of the audio features' frames, where a feature extractor tells it.
+        loss_settings: What the Trainer does with the loss; ``None`` without a Trainer.
+        reduction: How the model's class puts its loss together.
     """
 
     sites: SiteMap
@@ -37,6 +41,8 @@ class RunContext:
     decoder: Decoder
     reasons: Mapping[str, str] = field(default_factory=dict)
     frames_per_second: float | None = None
+    loss_settings: LossSettings | None = None
+    reduction: Reduction | None = None
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from probe.assemble.attention import attention
 from probe.assemble.conditioning import branches, conditioning, optimisation, parts
 from probe.assemble.draft import Draft, RunContext
 from probe.assemble.inputs import inputs
+from probe.assemble.loss_audit import loss_audit
 from probe.assemble.outputs import heads, statistics
 from probe.merge.packing import HostStep
 from probe.records import StepRecord
@@ -17,7 +18,7 @@ _BY_HOOKS = ("inputs", "statistics", "heads", "attention", "branches")
 _ROLES_WORTH_NAMING = ("audio_encoder", "projector", "attention", "lm_head")
 
 
-def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[str, str]) -> StepRecord:
+def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[str, str], logged: float | None = None) -> StepRecord:
     """Return the record of a step.
 
     Args:
@@ -25,6 +26,7 @@ def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[st
         host: Its numbers; the ranks' are combined in the cells.
         run: What is known of the whole run.
         failures: Parts of the probe that an error has switched off, and why.
+        logged: The training loss that the Trainer logs of this step alone, if it does.
     """
     closed = host.reasons.get("model") or failures.get("hooks")
     blind = {**(dict.fromkeys(_BY_HOOKS, closed) if closed else {}), **failures}
@@ -47,6 +49,7 @@ def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[st
         parts=parts(draft),
         conditioning=conditioning(draft, tables),
         optimisation=optimisation(draft),
+        loss_audit=loss_audit(draft, logged=logged),
     )
     for what, why in host.reasons.items():
         if what not in draft.metrics:  # said beforehand, of what might not come out

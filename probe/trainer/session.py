@@ -13,6 +13,7 @@ from probe.capture.arguments import shallow
 from probe.capture.observer import StepEnd
 from probe.capture.schedule import in_cadence, is_sampled
 from probe.foreign.patching import wrap_instance_method
+from probe.foreign.trainer_loss import LossSettings, read_loss_settings
 from probe.foreign.trainer_private import (
     add_last,
     gradient_scale,
@@ -74,6 +75,7 @@ class TrainerSession:
         tokenizers = [cb.tokenizer for cb in mine if cb.tokenizer is not None]
         chief = bool(trainer.is_world_process_zero())
         rank = "" if chief else f"[rank {trainer.args.process_index}] "
+        self._loss: LossSettings = read_loss_settings(trainer)
         self.observation = Observation(
             trainer.model,
             options,
@@ -81,6 +83,7 @@ class TrainerSession:
             around=outermost_module(trainer),
             processors=[options.tokenizer, *tokenizers, processing_class(trainer)],
             say=lambda message: terminal.say(rank + message),
+            loss=self._loss,
         )
         folder = Path(options.settings.run_folder or Path(trainer.args.output_dir) / RUN_FOLDER)
         self._publisher = Publisher(
@@ -143,10 +146,14 @@ class TrainerSession:
         """Publish, and let a training log carry the newest record's headline metrics."""
         with self.observation.breaker.guard("trainer log"):
             if is_training_log(logs):
-                self._publisher.publish()
+                self._publisher.publish(logged=self._logged_alone(logs, state))
                 record = self._publisher.take_for_log()
                 if record is not None:
                     enter(logs, state, headline(record.metrics), record.step)
+
+    def _logged_alone(self, logs: dict[str, Any], state: TrainerState) -> tuple[int, float] | None:
+        loss = logs.get("loss")
+        return (state.global_step, float(loss)) if self._loss.logs_every_step and isinstance(loss, (int, float)) else None
 
     def pause(self) -> None:
         """Publish what waits."""
