@@ -205,7 +205,7 @@ def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settin
         StatisticsWatcher(sites, keep=keep),
         HeadWatcher(sites, found.facts, keep_text=settings.keep_text),
         ModalityWatcher(sites, found.facts, mask_takers=found.mask_takers),
-        AttentionWatcher(sites, found.facts, breaker, rows=settings.attention_rows),
+        AttentionWatcher(sites, breaker, rows=settings.attention_rows),
         BranchWatcher(sites),
         GradientWatcher(parts_of(model, sites, found.modules), sites, breaker),
         LossWatcher(),

@@ -6,10 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from probe.measure import probabilities
-from probe.measure.probabilities import NotObservable, rows_from_sdpa, rows_from_softmax
+from costs import peak_mib
+from probe.measure import blocks
+from probe.measure.probabilities import FromScores, FromSoftmax, NotObservable, RowSource
+from probe.measure.scores import Scores
+from rows_together import Rows, together
 
 B, H, S, K, D = 3, 4, 9, 7, 8
 
@@ -28,9 +30,13 @@ def reference(q: Tensor, k: Tensor, **kwargs: Any) -> Tensor:
     return F.scaled_dot_product_attention(q.double(), k.double(), identity, **kwargs)
 
 
-def recompute(q: Tensor, k: Tensor, index_BR: Tensor | None = None, **kwargs: Any) -> probabilities.RowProbabilities:
-    arguments: dict[str, Any] = {"attn_mask": None, "is_causal": False, "scale": None, "enable_gqa": False, **kwargs}
-    return rows_from_sdpa(q, k, index_BR=all_rows(q.shape[0], q.shape[2]) if index_BR is None else index_BR, **arguments)
+def recompute(q: Tensor, k: Tensor, index_BR: Tensor | None = None, **kwargs: Any) -> Rows:
+    index_BR = all_rows(q.shape[0], q.shape[2]) if index_BR is None else index_BR
+    return together(FromScores(Scores(q, k, **kwargs)), index_BR)
+
+
+def gather(scores: Tensor, weights: Tensor, index_BR: Tensor, sinks: int = 0) -> Rows:
+    return together(FromSoftmax(scores, weights, sinks), index_BR)
 
 
 def bool_mask(*shape: int, seed: int) -> Tensor:
@@ -50,7 +56,7 @@ def test_masks_of_every_shape_and_kind(shape: tuple[int, ...], kind: str) -> Non
     elif kind != "bool":
         low = {"minimum": torch.finfo(torch.float32).min, "-inf": float("-inf"), "-1e9": -1e9}[kind]
         mask = torch.zeros(shape).masked_fill(~mask, low)
-    rows = recompute(q, k, attn_mask=mask)
+    rows = recompute(q, k, mask=mask)
     expected = reference(q, k, attn_mask=mask if mask.dtype == torch.bool else mask.double())
     assert rows.p_BHRK.dtype == torch.float32
     torch.testing.assert_close(rows.p_BHRK.double(), expected, atol=1e-6, rtol=0)
@@ -61,7 +67,7 @@ def test_masks_of_every_shape_and_kind(shape: tuple[int, ...], kind: str) -> Non
 def test_causal_flag_is_aligned_at_the_top_left(queries: int, keys: int) -> None:
     """``is_causal`` means what it means to the kernel, also when there are more keys than queries or fewer."""
     q, k = normal(B, H, queries, D, seed=4), normal(B, H, keys, D, seed=5)
-    rows = recompute(q, k, is_causal=True)
+    rows = recompute(q, k, causal_offset=0)
     torch.testing.assert_close(rows.p_BHRK.double(), reference(q, k, is_causal=True), atol=1e-6, rtol=0)
     assert torch.equal(rows.visible_BRK, torch.ones(B, queries, keys).tril().bool())
 
@@ -73,7 +79,7 @@ def test_grouped_heads_and_scale(scale: float | None, key_heads: int, per_head_m
     """Fewer key heads are shared as PyTorch shares them, with a mask that differs between heads too; ``scale`` is the kernel's."""
     q, k = normal(B, H, S, D, seed=6), normal(B, key_heads, K, D, seed=7)
     mask = bool_mask(B, H if per_head_mask else 1, S, K, seed=8)
-    rows = recompute(q, k, attn_mask=mask, scale=scale, enable_gqa=True)
+    rows = recompute(q, k, mask=mask, scale=scale)
     expected = reference(q, k.repeat_interleave(H // key_heads, 1), attn_mask=mask, scale=scale)
     torch.testing.assert_close(rows.p_BHRK.double(), expected, atol=1e-6, rtol=0)
 
@@ -82,7 +88,7 @@ def test_rows_are_those_that_were_asked_for() -> None:
     """Each sample's own row numbers are computed, in the order given."""
     q, k = normal(B, H, S, D, seed=9), normal(B, H, K, D, seed=10)
     index = torch.tensor([[8, 0], [3, 3], [1, 7]])
-    rows = recompute(q, k, index, attn_mask=(mask := bool_mask(B, 1, S, K, seed=11)))
+    rows = recompute(q, k, index, mask=(mask := bool_mask(B, 1, S, K, seed=11)))
     full = reference(q, k, attn_mask=mask)
     for sample in range(B):
         torch.testing.assert_close(rows.p_BHRK[sample].double(), full[sample][:, index[sample]], atol=1e-6, rtol=0)
@@ -124,7 +130,7 @@ def test_rows_that_see_nothing_are_zero(kind: str) -> None:
     given = (
         mask if kind == "bool" else torch.zeros(mask.shape).masked_fill(~mask, torch.finfo().min if kind == "minimum" else float("-inf"))
     )
-    rows = recompute(q, k, attn_mask=given)
+    rows = recompute(q, k, mask=given)
     assert not rows.p_BHRK[1, :, 2:5].any()
     assert not rows.visible_BRK[1, 2:5].any()
     assert torch.isfinite(rows.p_BHRK).all()
@@ -137,62 +143,56 @@ def test_nan_is_not_hidden() -> None:
     q[0, 1, 2] = float("nan")
     mask = torch.zeros(B, 1, S, K)
     mask[1, 0, 3] = float("nan")
-    rows = recompute(q, k, attn_mask=mask)
+    rows = recompute(q, k, mask=mask)
     assert rows.p_BHRK[0, 1, 2].isnan().all()
     assert rows.p_BHRK[1, :, 3].isnan().all()
     scores = normal(B, H, S, K, seed=23)
     scores[2, 0, 0] = float("nan")
-    materialised = rows_from_softmax(scores, scores.softmax(-1), index_BR=all_rows(B, S))
+    materialised = gather(scores, scores.softmax(-1), index_BR=all_rows(B, S))
     assert materialised.p_BHRK[2, 0, 0].isnan().all()
 
 
-class Largest(TorchDispatchMode):
-    """Records the bytes of the largest new storage, apart from one, the result's, of a given number of elements."""
-
-    def __init__(self, result: int) -> None:
-        super().__init__()
-        self.result = result
-        self.result_storage: int | None = None
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {leaf.untyped_storage()._cdata for leaf in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        output = func(*args, **(kwargs or {}))
-        for leaf in torch.utils._pytree.tree_leaves(output):
-            if not isinstance(leaf, Tensor) or leaf.untyped_storage()._cdata in inputs:
-                continue
-            if self.result_storage is None and leaf.numel() == self.result and leaf.dtype == torch.float32:
-                self.result_storage = leaf.untyped_storage()._cdata
-            else:
-                self.bytes = max(self.bytes, leaf.untyped_storage().nbytes())
-        return output
+def exhaust(source: RowSource, index: Tensor) -> None:
+    for _ in source.blocks(index):
+        pass
 
 
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_temporaries_are_bounded(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, transposed: bool) -> None:
-    """Whatever the batch, nothing larger than the limit is built beside the result, and chunks change no value."""
-    q, k = normal(6, 8, 20, 16, seed=24, dtype=dtype), normal(6, 4, 128, 16, seed=25, dtype=dtype)
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 130_000, 64), (3, 8, 2, 4_000, 32), (200, 2, 2, 900, 8)])
+def test_temporaries_are_bounded(sizes: tuple[int, int, int, int, int], dtype: torch.dtype, transposed: bool) -> None:
+    """Blocks and what their making takes stay within the limit: one long head, many rows and heads, a wide batch."""
+    samples, heads, key_heads, keys, width = sizes
+    q, k = normal(samples, heads, 64, width, seed=24, dtype=dtype), normal(samples, key_heads, keys, width, seed=25, dtype=dtype)
     if transposed:
         k = k.transpose(1, 2).contiguous().transpose(1, 2)
+    index = all_rows(samples, 64 if samples < 10 else 1)
+    source = FromScores(Scores(q, k, causal_offset=keys - 64, padding_BK=torch.ones(samples, keys, dtype=torch.bool)))
+    assert peak_mib(lambda: exhaust(source, index)) <= 8
+    assert peak_mib(lambda: source.visible(index)) <= 8 + index.numel() * keys / 2**20
+
+
+@pytest.mark.parametrize("limit", [1, 24 * 2**10, 100 * 2**10])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slices_change_no_value(monkeypatch: pytest.MonkeyPatch, limit: int, dtype: torch.dtype) -> None:
+    """However small the limit, every (sample, head, row) comes once and has the value that it has in one piece."""
+    q, k = normal(6, 8, 20, 16, seed=24, dtype=dtype), normal(6, 4, 128, 16, seed=25, dtype=dtype)
+    mask = bool_mask(6, 8, 20, 128, seed=26)
     index = torch.arange(4).expand(6, 4)
-    whole = recompute(q, k, index, enable_gqa=True, is_causal=True)
-    for limit in (24 * 2**10, 100 * 2**10):
-        monkeypatch.setattr(probabilities, "CHUNK_BYTES", limit)
-        with Largest(whole.p_BHRK.numel()) as largest:
-            chunked = recompute(q, k, index, enable_gqa=True, is_causal=True)
-        assert largest.bytes <= limit < k.numel() * 4
-        torch.testing.assert_close(chunked.p_BHRK, whole.p_BHRK, atol=1e-7, rtol=0)
+    whole = recompute(q, k, index, causal_offset=0, mask=mask, sinks_H=normal(8, seed=27))
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", limit)
+    chunked = recompute(q, k, index, causal_offset=0, mask=mask, sinks_H=normal(8, seed=27))
+    torch.testing.assert_close(chunked.p_BHRK, whole.p_BHRK, atol=3e-7, rtol=0)
+    assert torch.equal(chunked.visible_BRK, whole.visible_BRK)
 
 
-def test_a_mask_expanded_over_heads_is_not_copied_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mask that the model expanded over its heads is gathered once; nothing of the size of the result is built for it."""
-    q, k = normal(2, 8, 20, 4, seed=38), normal(2, 8, 64, 4, seed=39)
-    mask = normal(2, 1, 20, 64, seed=40).expand(2, 8, 20, 64)
-    monkeypatch.setattr(probabilities, "CHUNK_BYTES", 1)
-    with Largest(2 * 8 * 20 * 64) as largest:
-        rows = recompute(q, k, attn_mask=mask)
-    assert largest.bytes <= mask.stride(0) * 2 * 4 < rows.p_BHRK.numel() * 4
+def test_a_mask_expanded_over_heads_is_not_copied_for_each() -> None:
+    """A mask that the model expanded over its heads is gathered once: what it takes does not grow with the heads."""
+    q, k = normal(1, 64, 20, 2, seed=38), normal(1, 64, 2_000, 2, seed=39)
+    mask = normal(1, 1, 20, 2_000, seed=40).expand(1, 64, 20, 2_000)
+    source = FromScores(Scores(q, k, mask=mask))
+    assert peak_mib(lambda: source.visible(all_rows(1, 20))) < 1
+    rows = together(source, all_rows(1, 20))
     torch.testing.assert_close(rows.p_BHRK.double(), reference(q, k, attn_mask=mask.double()), atol=1e-6, rtol=0)
 
 
@@ -201,7 +201,7 @@ def test_mask_and_causal_flag_together() -> None:
     q, k = normal(B, H, S, D, seed=41), normal(B, H, S, D, seed=42)
     mask = bool_mask(B, 1, S, S, seed=43)
     both = mask & torch.ones(S, S).tril().bool()
-    rows = recompute(q, k, attn_mask=mask, is_causal=True)
+    rows = recompute(q, k, mask=mask, causal_offset=0)
     torch.testing.assert_close(rows.p_BHRK.double(), reference(q, k, attn_mask=both), atol=1e-6, rtol=0)
     assert torch.equal(rows.visible_BRK, both[:, 0])
 
@@ -213,7 +213,7 @@ def test_materialised_rows_are_the_models_own() -> None:
     mask[0, :, 4] = False
     scores = scores.masked_fill(~mask, torch.finfo().min)
     index = torch.tensor([[4, 0, 8], [1, 1, 2], [7, 6, 5]])
-    rows = rows_from_softmax(scores, weights := scores.softmax(-1), index_BR=index)
+    rows = gather(scores, weights := scores.softmax(-1), index_BR=index)
     for sample in range(B):
         assert torch.equal(rows.visible_BRK[sample], mask[sample, 0, index[sample]])
         first = 1 if sample == 0 else 0
@@ -224,22 +224,36 @@ def test_materialised_rows_are_the_models_own() -> None:
 
 def test_materialised_rows_are_gathered_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Gathering stays within the limit, and chunks change no value."""
-    scores = normal(4, 8, 20, 64, seed=28)
-    index = torch.arange(6).expand(4, 6)
-    weights = scores.softmax(-1)
-    whole = rows_from_softmax(scores, weights, index_BR=index)
-    monkeypatch.setattr(probabilities, "CHUNK_BYTES", limit := 16 * 2**10)
-    with Largest(whole.p_BHRK.numel()) as largest:
-        chunked = rows_from_softmax(scores, weights, index_BR=index)
-    assert largest.bytes <= limit < whole.p_BHRK.numel() * 4
+    scores = normal(2, 8, 70, 6_000, seed=28)
+    index, weights = all_rows(2, 60), scores.softmax(-1)
+    source = FromSoftmax(scores, weights)
+    assert peak_mib(lambda: exhaust(source, index)) <= 8
+    few = all_rows(2, 6)
+    whole = gather(scores, weights, few)
+    monkeypatch.setattr(blocks, "CHUNK_BYTES", 16 * 2**10)
+    chunked = gather(scores, weights, few)
     assert torch.equal(chunked.p_BHRK, whole.p_BHRK)
     assert torch.equal(chunked.visible_BRK, whole.visible_BRK)
+
+
+@pytest.mark.parametrize("sinks", [1, 2])
+def test_materialised_sinks_are_one_last_column(sinks: int) -> None:
+    """Columns at the end of the softmax that are sinks are no keys; together they are the last column of the rows."""
+    scores = normal(B, H, S, K + sinks, seed=44).masked_fill(~bool_mask(B, 1, S, K + sinks, seed=45), torch.finfo().min)
+    scores[0, :, 2, :K] = torch.finfo().min
+    weights = scores.softmax(-1)
+    rows = gather(scores, weights, all_rows(B, S), sinks)
+    assert FromSoftmax(scores, weights, sinks).shape == (B, H, S, K)
+    assert rows.visible_BRK.shape == (B, S, K)
+    assert not rows.p_BHRK[0, :, 2].any(), "a row that sees no key is 0, in the sink, too"
+    assert torch.equal(rows.p_BHRK[1:, ..., :K], weights[1:, ..., :K])
+    torch.testing.assert_close(rows.p_BHRK[1:, ..., K], weights[1:, ..., K:].sum(-1))
 
 
 def test_bfloat16_weights_keep_their_visible_keys() -> None:
     """With bfloat16 scores the dtype's own minimum hides, and a large negative score does not."""
     scores = torch.tensor([[[[1.0, -300.0, torch.finfo(torch.bfloat16).min, float("-inf")]]]], dtype=torch.bfloat16)
-    rows = rows_from_softmax(scores, scores.softmax(-1), index_BR=torch.zeros(1, 1, dtype=torch.int64))
+    rows = gather(scores, scores.softmax(-1), index_BR=torch.zeros(1, 1, dtype=torch.int64))
     assert rows.visible_BRK.tolist() == [[[True, True, False, False]]]
     assert rows.p_BHRK.dtype == torch.float32
 
@@ -251,7 +265,7 @@ def test_rows_beyond_the_call_do_not_crash() -> None:
     expected = reference(q, k)[:, :, -1:]
     torch.testing.assert_close(recompute(q, k, index).p_BHRK.double(), expected, atol=1e-6, rtol=0)
     weights = expected.expand(B, H, S, K).float()
-    assert torch.equal(rows_from_softmax(weights, weights, index_BR=index).p_BHRK, weights[:, :, -1:])
+    assert torch.equal(gather(weights, weights, index_BR=index).p_BHRK, weights[:, :, -1:])
 
 
 class Marked(Tensor):
@@ -267,25 +281,49 @@ def test_what_cannot_be_observed_says_why() -> None:
     with pytest.raises(NotObservable, match="empty"):
         recompute(q[:0], k[:0])
     with pytest.raises(NotObservable, match="heads do not fit"):
-        recompute(q, k[:, :2])
-    with pytest.raises(NotObservable, match="rows for 2 samples"):
+        recompute(q, k[:, :3])
+    with pytest.raises(NotObservable, match="rows were chosen for 2 samples"):
         recompute(q, k, index[:2])
     with pytest.raises(NotObservable, match="width do not fit"):
         recompute(q, k[..., :4])
     with pytest.raises(NotObservable, match="Marked"):
-        recompute(q, k, attn_mask=torch.ones(S, K).as_subclass(Marked))
+        recompute(q, k, mask=torch.ones(S, K).as_subclass(Marked))
     with pytest.raises(NotObservable, match="int64"):
-        recompute(q, k, attn_mask=torch.ones(S, K, dtype=torch.int64))
+        recompute(q, k, mask=torch.ones(S, K, dtype=torch.int64))
+    for wrong in (torch.ones(S, K - 1).bool(), torch.ones(B + 1, 1, S, K).bool(), torch.ones(1, 3, S, K), torch.ones(1, 1, 1, S, K)):
+        with pytest.raises(NotObservable, match="does not fit"):
+            recompute(q, k, mask=wrong)
+    with pytest.raises(NotObservable, match=r"the bias has dtype torch\.bool"):
+        recompute(q, k, bias=torch.ones(S, K).bool())
+    for name, length in (("padding_BK", S), ("segment_BS", K), ("segment_BK", S)):
+        with pytest.raises(NotObservable, match="expected"):
+            recompute(q, k, **{name: torch.ones(B, length, dtype=torch.int64)})
+    with pytest.raises(NotObservable, match="queries or keys only"):
+        recompute(q, k, segment_BS=torch.ones(B, S, dtype=torch.int64))
+    with pytest.raises(NotObservable, match="sinks of shape"):
+        recompute(q, k, sinks_H=torch.ones(H + 1))
+    for function, words in (
+        (lambda b, h, q, k: True if q > k else False, "cannot be evaluated on indices: RuntimeError"),  # noqa: SIM210
+        (lambda b, h, q, k: (q - k).float(), "returns torch.float32"),
+        (lambda b, h, q, k: torch.ones(S, K).bool()[None], "cannot be evaluated"),
+        (lambda b, h, q, k: None, "cannot be evaluated"),
+    ):
+        with pytest.raises(NotObservable, match=words):
+            recompute(q, k, torch.zeros(B, 2, dtype=torch.int64), may=function)
     nested = torch.nested.nested_tensor([normal(H, S, D, seed=33)] * B)
     with pytest.raises(NotObservable, match="nested"):
         recompute(nested, nested, index)
     weights = normal(B, H, S, K, seed=34)
     with pytest.raises(NotObservable, match="expected"):
-        rows_from_softmax(weights[0], weights[0], index_BR=index)
+        gather(weights[0], weights[0], index_BR=index)
     with pytest.raises(NotObservable, match="empty"):
-        rows_from_softmax(weights[:0], weights[:0], index_BR=index[:0])
+        gather(weights[:0], weights[:0], index_BR=index[:0])
     with pytest.raises(NotObservable, match="2 samples"):
-        rows_from_softmax(weights, weights, index_BR=index[:2])
+        gather(weights, weights, index_BR=index[:2])
+    with pytest.raises(NotObservable, match="9 sinks"):
+        gather(weights, weights, index, 9)
+    with pytest.raises(NotObservable, match="empty"):
+        gather(weights, weights, index, K)
 
 
 def test_no_graph_is_built_and_nothing_is_changed() -> None:
@@ -295,6 +333,6 @@ def test_no_graph_is_built_and_nothing_is_changed() -> None:
     for tensor in tensors:
         tensor.requires_grad_()
     q, k, bias = tensors
-    assert not recompute(q, k, attn_mask=bias).p_BHRK.requires_grad
-    assert not rows_from_softmax(bias, bias.softmax(-1), index_BR=all_rows(B, S)).p_BHRK.requires_grad
+    assert not recompute(q, k, mask=bias).p_BHRK.requires_grad
+    assert not gather(bias, bias.softmax(-1), index_BR=all_rows(B, S)).p_BHRK.requires_grad
     assert all(torch.equal(tensor, old) for tensor, old in zip(tensors, before))

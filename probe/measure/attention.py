@@ -1,59 +1,25 @@
-"""What sampled attention rows say: entropy and the mass between text and audio, as sums that add up over calls and ranks.
+"""What sampled attention rows say, as sums that add up over calls and ranks: entropy, distance, and the mass between text and audio.
 
-Shapes: B batch, S tokens (queries), K keys, H heads, R sampled rows a sample, M key groups (padding, text, audio, first key, all).
+Shapes: B batch, S tokens (queries), K keys, H heads, R sampled rows a sample, M key groups, Q quantities; b, h, r: those of one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from probe.measure.probabilities import CHUNK_BYTES, NotObservable, RowProbabilities
+from probe.measure import blocks
+from probe.measure.blocks import RowBlock, RowSource
+from probe.measure.quantities import SHAPE, AttentionSums, add_up, sums_of
 from probe.measure.rows import RowChoice
-from probe.sites.modality import AUDIO, PADDING, TEXT
+from probe.measure.sight import GROUPS, Places, Sight, check_call, look, places
+from probe.measure.walk import Coverage, monotonicity
 
-#: Columns of ``AttentionSums.sums``. A mean is a numerator divided by its denominator: ``entropy_nats`` and ``first_token`` by ``rows``,
-#: ``entropy`` by ``relative_rows``, ``padding`` by ``padding_rows``, ``text_to_audio`` by ``text_rows_audio_visible`` and so on.
-COLUMNS = (
-    "sampled",
-    "rows",
-    "entropy_nats",
-    "relative_rows",
-    "entropy",
-    "first_token",
-    "padding_rows",
-    "padding",
-    "text_rows_text_visible",
-    "text_to_text",
-    "text_rows_audio_visible",
-    "text_to_audio",
-    "audio_rows_text_visible",
-    "audio_to_text",
-    "audio_rows_audio_visible",
-    "audio_to_audio",
-)
-#: Rows of ``AttentionSums.per_head``: numerators whose denominators are those of the same columns of ``COLUMNS``.
-HEAD_ROWS = ("entropy_nats", "first_token", "text_to_audio", "audio_to_text")
-
-_PADDING, _TEXT, _AUDIO, _FIRST, _ALL = PADDING, TEXT, AUDIO, 3, 4  # columns of the key groups
-
-
-@dataclass(frozen=True, slots=True)
-class AttentionSums:
-    """Weighted sums over the rows of one attention call, on the device.
-
-    Attributes:
-        sums: float64, one value for each of ``COLUMNS``; masses and entropies are means over heads.
-        per_head: float64 (4, H), for ``HEAD_ROWS``.
-        masses_per_head: Whether ``per_head`` holds the masses; if not, its rows after ``entropy_nats`` are 0 and mean nothing.
-    """
-
-    sums: Tensor
-    per_head: Tensor
-    masses_per_head: bool
+# What is reduced from each row, in this order; then GROUPS.
+_RAW = ("entropy", "effective_keys", "top", "sink", "band", "distance")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,152 +27,175 @@ class HeadMeanRows:
     """Rows whose masses wait for the modality of the tokens: mass is linear, so the mean over heads is enough.
 
     Attributes:
+        raw_BRHQ: float64: what each head's row says whatever the keys are.
         p_BRK: float32 mean over heads of the probabilities.
         visible_BRK: bool.
-        entropy_BHR: float64 entropy in nats of each head's row.
         choice: The rows; padding among them is taken out when the modality is known.
+        shape: (B, H, S, K) of the call.
+        sinks: Whether the layer has learned sinks.
     """
 
+    raw_BRHQ: Tensor
     p_BRK: Tensor
     visible_BRK: Tensor
-    entropy_BHR: Tensor
     choice: RowChoice
+    shape: tuple[int, int, int, int]
+    sinks: bool
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that this holds on the device (an upper bound: without a mask ``visible_BRK`` takes one byte)."""
-        tensors = (self.p_BRK, self.visible_BRK, self.entropy_BHR, self.choice.index_BR, self.choice.weight_BR)
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+def held_bytes(shape: tuple[int, int, int, int], choice: RowChoice) -> int:
+    """Return how many bytes :func:`describe_later` will hold for a call, before anything is computed."""
+    samples, rows = choice.index_BR.shape
+    return samples * rows * (shape[1] * len(_RAW) * 8 + shape[3] * 5 + 12)
 
 
 def describe(
-    rows: RowProbabilities, choice: RowChoice, *, query_modality_BS: Tensor | None, key_modality_BK: Tensor | None
+    source: RowSource,
+    choice: RowChoice,
+    *,
+    query_modality_BS: Tensor | None,
+    key_modality_BK: Tensor | None,
+    self_attention: bool = True,
+    walks: bool = True,
 ) -> AttentionSums:
     """Sum up one attention call; padding among the queries counts for nothing, nor does a row that sees no key.
 
-    Entropy is in nats, and relative to the logarithm of the number of visible keys over rows that see at least two. A mass from text
-    (audio) rows on text (audio) keys is over rows that see at least one such key; without a modality its sums stay 0. The first token
-    is the sample's first key that is not padding (without a modality, the earliest that a sampled row sees). Computed in float64 by
-    chunks of heads with temporaries of about 8 MiB; no sync.
+    The definitions are those of the catalogue (``docs/attention.md`` tells them at length). What needs a modality that is not known has
+    weight 0. Reduced block by block, in float64; beside the blocks it holds a few numbers a row and head and a byte a key. No sync.
+
+    Args:
+        source: The call.
+        choice: Rows to look at.
+        query_modality_BS: Codes of :mod:`probe.sites.modality`, or ``None``.
+        key_modality_BK: The same of the keys.
+        self_attention: Whether queries and keys are the same sequence; decides what is diagonal, and whether there is a distance.
+        walks: Whether to look for ``WALKS``, where both modalities are known.
 
     Raises:
-        NotObservable: rows, choice and modalities are not of the same call, by their shapes.
+        NotObservable: choice and modalities are not of this call, by their shapes, or the source cannot give its rows.
     """
-    with torch.no_grad():
-        _check(rows.p_BHRK.shape[0], rows.p_BHRK.shape[3], rows.queries, choice, query_modality_BS, key_modality_BK)
-        groups_BKM = _key_groups(rows.visible_BRK, key_modality_BK)
-        known = key_modality_BK is not None
-        entropy_BHR, mass_BHRM = _entropy(rows.p_BHRK), _mass(rows.p_BHRK, groups_BKM)
-        return _sum_up(entropy_BHR, mass_BHRM, rows.visible_BRK, groups_BKM, choice, query_modality_BS, known)
+    query_BS, key_BK = query_modality_BS, key_modality_BK
+    check_call(source.shape, choice, query_BS, key_BK)
+    walks = walks and query_BS is not None and key_BK is not None
+    heads, keys = source.shape[1], source.shape[3]
+    with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
+        sight = look(lambda r: source.visible(choice.index_BR[:, r]), choice, keys, query_BS, key_BK, walks=walks)
+        weight_BRQ = sight.row_weights(sinks=bool(source.sinks), distances=self_attention)
+        shape_BRQ, mass_BRQ = weight_BRQ[..., : len(SHAPE)], weight_BRQ[..., len(SHAPE) :]
+        text_BR = mass_BRQ[..., 3]  # the weights of text_to_audio
+        coverage = Coverage(text_BR, sight.text_audio_BK, heads) if sight.text_audio_BK is not None else None
+        where = places(choice, keys, query_BS, key_BK, self_attention=self_attention)
+        raw_BRHQ = _reduce(source, choice, where, sight.columns, coverage.add if coverage is not None else None)
+        raw_BRHQ, groups_BRHM = raw_BRHQ[..., : len(_RAW)], raw_BRHQ[..., len(_RAW) :]
+        numerators = [add_up(_shape(raw_BRHQ, sight, source.sinks), shape_BRQ), add_up(_masses(groups_BRHM), mass_BRQ)]
+        weights = [shape_BRQ.sum((0, 1)), mass_BRQ.sum((0, 1))]
+        if coverage is not None:
+            audio_BRH = groups_BRHM[..., 2] + groups_BRHM[..., 3]
+            tau_BH, pairs_B1 = monotonicity(choice.index_BR, text_BR > 0, audio_BRH, groups_BRHM[..., 5])
+            values_BHQ = torch.stack((tau_BH, coverage.value()), -1)
+            each_B1 = text_BR.sum(1, keepdim=True)
+            weight_BQ = torch.cat((each_B1 * (pairs_B1 > 0), each_B1), 1)
+            numerators.append(add_up(values_BHQ[:, None], weight_BQ[:, None]))
+            weights.append(weight_BQ.sum(0))
+        return sums_of((sight.weight_BR > 0).sum(dtype=torch.float64), numerators, weights)
 
 
-def describe_later(rows: RowProbabilities, choice: RowChoice) -> HeadMeanRows:
-    """Keep what :func:`finish_later` needs once the modality is known: R * K floats a sample instead of H * R * K.
+def describe_later(source: RowSource, choice: RowChoice) -> HeadMeanRows:
+    """Keep what :func:`finish_later` needs once the modality is known, of self-attention: R * K floats a sample instead of H * R * K.
 
     Raises:
-        NotObservable: rows and choice are not of the same call, by their shapes.
+        NotObservable: rows and choice are not of the same call, by their shapes, or the source cannot give its rows.
     """
-    with torch.no_grad():
-        _check(rows.p_BHRK.shape[0], rows.p_BHRK.shape[3], rows.queries, choice, None, None)
-        return HeadMeanRows(p_BRK=rows.p_BHRK.mean(1), visible_BRK=rows.visible_BRK, entropy_BHR=_entropy(rows.p_BHRK), choice=choice)
+    check_call(source.shape, choice, None, None)
+    samples, heads, _, keys = source.shape
+    rows = choice.index_BR.shape[1]
+    with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
+        p_BRK = torch.zeros((samples, rows, keys), dtype=torch.float32, device=source.device)
+
+        def keep(block: RowBlock, p_brhK: Tensor) -> None:
+            p_BRK[block.samples, block.rows] += p_brhK.sum(2) / heads
+
+        raw_BRHQ = _reduce(source, choice, places(choice, keys, None, None, self_attention=True), None, keep)
+        return HeadMeanRows(raw_BRHQ, p_BRK, source.visible(choice.index_BR), choice, source.shape, bool(source.sinks))
 
 
 def finish_later(held: HeadMeanRows, query_modality_BS: Tensor | None, key_modality_BK: Tensor | None) -> AttentionSums:
-    """Return the sums that :func:`describe` would have given with these modalities; masses per head are not measured.
+    """Return the sums that :func:`describe` would have given with these modalities, but no ``WALKS``, and no masses of each head.
 
     Raises:
         NotObservable: the modalities are not those of the held call, by their shapes.
     """
-    with torch.no_grad():
-        _check(held.p_BRK.shape[0], held.p_BRK.shape[2], held.choice.queries, held.choice, query_modality_BS, key_modality_BK)
-        groups_BKM = _key_groups(held.visible_BRK, key_modality_BK)
-        mass_B1RM = (held.p_BRK.double() @ groups_BKM)[:, None]
-        known = key_modality_BK is not None
-        return _sum_up(held.entropy_BHR, mass_B1RM, held.visible_BRK, groups_BKM, held.choice, query_modality_BS, known)
+    check_call(held.shape, held.choice, query_modality_BS, key_modality_BK)
+    keys = held.shape[3]
+    device = held.p_BRK.device.type
+    with torch.no_grad(), torch.autocast(device, enabled=False):
+        sight = look(lambda r: held.visible_BRK[:, r], held.choice, keys, query_modality_BS, key_modality_BK, walks=False)
+        weight_BRQ = sight.row_weights(sinks=held.sinks, distances=True)
+        shape_BRQ, mass_BRQ = weight_BRQ[..., : len(SHAPE)], weight_BRQ[..., len(SHAPE) :]
+        groups_BKM = sight.columns(slice(None))
+        rows = held.p_BRK.shape[1]
+        step = max(1, blocks.CHUNK_BYTES // max(1, held.p_BRK[:, :1].numel() * 8))
+        parts = [held.p_BRK[:, start : start + step].double() @ groups_BKM for start in range(0, rows, step)]
+        groups_BRM = torch.cat(parts, 1)
+        numerators = [add_up(_shape(held.raw_BRHQ, sight, held.sinks), shape_BRQ), add_up(_masses(groups_BRM[:, :, None]), mass_BRQ)]
+        weights = [shape_BRQ.sum((0, 1)), mass_BRQ.sum((0, 1))]
+        return sums_of((sight.weight_BR > 0).sum(dtype=torch.float64), numerators, weights)
 
 
-def _check(
-    samples: int, keys: int, queries: int, choice: RowChoice, query_modality_BS: Tensor | None, key_modality_BK: Tensor | None
-) -> None:
-    if choice.queries != queries or choice.index_BR.shape[0] != samples:
-        raise NotObservable(f"rows chosen for ({choice.index_BR.shape[0]}, {choice.queries}) queries, the call has ({samples}, {queries})")
-    for what, modality, length in (("queries", query_modality_BS, queries), ("keys", key_modality_BK, keys)):
-        if modality is not None and modality.shape != (samples, length):
-            raise NotObservable(f"the modality of {tuple(modality.shape)} tokens is known, the call has ({samples}, {length}) {what}")
-
-
-def _key_groups(visible_BRK: Tensor, modality_BK: Tensor | None) -> Tensor:
-    """Return float64 (B, K, M): 1 where a key is padding, text, audio, the sample's first, and any."""
-    samples, _, keys = visible_BRK.shape
-    device = visible_BRK.device
-    real_BK = visible_BRK.any(1) if modality_BK is None else modality_BK != PADDING
-    first_B1 = real_BK.to(torch.int8).argmax(1, keepdim=True)
-    groups_BKM = torch.zeros((samples, keys, _ALL + 1), dtype=torch.float64, device=device)
-    if modality_BK is not None:
-        groups_BKM[..., : _AUDIO + 1] = modality_BK[..., None] == torch.arange(_AUDIO + 1, device=device)
-    groups_BKM[..., _FIRST] = torch.arange(keys, device=device) == first_B1
-    groups_BKM[..., _ALL] = 1.0
-    return groups_BKM
-
-
-def _entropy(p_BHRK: Tensor) -> Tensor:
-    """Return the entropy of each row in nats, float64 (B, H, R)."""
-    return torch.cat([torch.special.entr(p_bhRK).sum(-1) for p_bhRK in _parts(p_BHRK)], 1)
-
-
-def _mass(p_BHRK: Tensor, groups_BKM: Tensor) -> Tensor:
-    """Return the mass on each group of keys, float64 (B, H, R, M): neither autocast nor TF32 touches a float64 product."""
-    samples, _, rows, _ = p_BHRK.shape
-    return torch.cat([(p_bhRK.flatten(1, 2) @ groups_BKM).view(samples, -1, rows, _ALL + 1) for p_bhRK in _parts(p_BHRK)], 1)
-
-
-def _parts(p_BHRK: Tensor) -> Iterator[Tensor]:
-    """Yield the probabilities in float64, as many heads at once as leave room for a second tensor of the size."""
-    samples, heads, rows, keys = p_BHRK.shape
-    step = max(1, CHUNK_BYTES // max(1, samples * rows * keys * 16))
-    return (p_BHRK[:, start : start + step].double() for start in range(0, heads, step))
-
-
-def _sum_up(
-    entropy_BHR: Tensor,
-    mass_BhRM: Tensor,
-    visible_BRK: Tensor,
-    groups_BKM: Tensor,
+def _reduce(
+    source: RowSource,
     choice: RowChoice,
-    query_modality_BS: Tensor | None,
-    keys_known: bool,
-) -> AttentionSums:
-    """Weigh the rows and add them up. ``mass_BhRM`` holds every head (h = H), or their mean (h = 1)."""
-    seen_BRM = visible_BRK.double() @ groups_BKM
-    visible_BR = seen_BRM[..., _ALL]
-    weight_BR = choice.weight_BR.double() * (visible_BR > 0)
-    text_BR = audio_BR = torch.zeros_like(weight_BR)
-    if query_modality_BS is not None:
-        query_BR = query_modality_BS.gather(1, choice.index_BR)
-        weight_BR *= query_BR != PADDING
-        text_BR, audio_BR = (query_BR == TEXT).double(), (query_BR == AUDIO).double()
-    sees_text_BR, sees_audio_BR = seen_BRM[..., _TEXT] > 0, seen_BRM[..., _AUDIO] > 0
-    entropy_BR, mass_BRM = entropy_BHR.mean(1), mass_BhRM.mean(1)
-    relative_BR = visible_BR >= 2
-    one_BR = torch.ones_like(weight_BR)
-    columns = [one_BR, entropy_BR, relative_BR, relative_BR * entropy_BR / visible_BR.clamp(min=2).log(), mass_BRM[..., _FIRST]]
-    columns += [one_BR * keys_known, mass_BRM[..., _PADDING]]
-    for rows_BR in (text_BR, audio_BR):
-        for sees_BR, group in ((sees_text_BR, _TEXT), (sees_audio_BR, _AUDIO)):
-            columns += [rows_BR * sees_BR, rows_BR * sees_BR * mass_BRM[..., group]]
-    sums = _weighted(torch.stack([column.double() for column in columns], 0), weight_BR).sum((1, 2))
-    sampled = (weight_BR > 0).sum(dtype=torch.float64)
-    heads, every_head = entropy_BHR.shape[1], mass_BhRM.shape[1] == entropy_BHR.shape[1]
-    per_head = [entropy_BHR]
-    if every_head:
-        to_audio_BHR = (text_BR * sees_audio_BR)[:, None] * mass_BhRM[..., _AUDIO]
-        to_text_BHR = (audio_BR * sees_text_BR)[:, None] * mass_BhRM[..., _TEXT]
-        per_head += [mass_BhRM[..., _FIRST], to_audio_BHR, to_text_BHR]
-    summed = _weighted(torch.stack(per_head, 0), weight_BR[:, None]).sum((1, 3))
-    missing = summed.new_zeros((len(HEAD_ROWS) - len(per_head), heads))
-    return AttentionSums(sums=torch.cat((sampled[None], sums)), per_head=torch.cat((summed, missing)), masses_per_head=every_head)
+    where: Places,
+    columns: Callable[[slice], Tensor] | None,
+    each: Callable[[RowBlock, Tensor], None] | None,
+) -> Tensor:
+    """Return what each head's row says, float64 (B, R, H, Q): ``_RAW``, then its mass in each of the ``columns`` of keys.
+
+    ``each`` is shown every block with its probabilities of keys in float64, (b, r, h, K), free to be overwritten.
+    """
+    samples, heads, _, keys = source.shape
+    rows = choice.index_BR.shape[1]
+    values_BRHQ = torch.empty(0, device=source.device)
+    groups_bKM, at = None, None
+    for block in source.blocks(choice.index_BR):
+        if columns is not None and at != block.samples:
+            groups_bKM, at = columns(block.samples), block.samples
+        alone_brhQ = _alone(block.p.transpose(1, 2), keys)
+        p_brhK = block.p.transpose(1, 2)[..., :keys].to(torch.float64, memory_format=torch.contiguous_format)
+        b, r, h, _ = p_brhK.shape
+        parts = [alone_brhQ, (p_brhK.flatten(0, 1) @ where.columns(block.samples, block.rows).flatten(0, 1)).view(b, r, h, -1)]
+        if groups_bKM is not None:
+            parts.append((p_brhK.flatten(1, 2) @ groups_bKM).view(b, r, h, -1))
+        if each is not None:
+            each(block, p_brhK)
+        values_brhQ = torch.cat(parts, -1)
+        if (b, r, h) == (samples, rows, heads):
+            return values_brhQ
+        if not values_BRHQ.numel():
+            values_BRHQ = values_brhQ.new_empty((samples, rows, heads, values_brhQ.shape[-1]))
+        values_BRHQ[block.samples, block.rows, block.heads] = values_brhQ
+    return values_BRHQ
 
 
-def _weighted(values: Tensor, weight: Tensor) -> Tensor:
-    """Return values times weights, 0 where the weight is 0 even if the value is not finite (a padded row may hold anything)."""
-    return torch.where(weight > 0, values, 0.0) * weight
+def _alone(p_brhC: Tensor, keys: int) -> Tensor:
+    """Return entropy, 1 / Σp², the largest probability of a key and that of the sink, float64 (b, r, h, 4), of K columns and a sink's."""
+    entropy_brh = torch.special.entr(p_brhC).sum(-1, dtype=torch.float64)
+    square_brh = torch.linalg.vector_norm(p_brhC, dim=-1, dtype=torch.float64).square_()
+    effective_brh = torch.where(square_brh == 0, 0.0, square_brh.reciprocal())
+    top_brh = p_brhC[..., :keys].amax(-1).double()
+    sink_brh = p_brhC[..., -1].double() if p_brhC.shape[-1] > keys else torch.zeros_like(top_brh)
+    return torch.stack((entropy_brh, effective_brh, top_brh, sink_brh), -1)
+
+
+def _shape(raw_BRHQ: Tensor, sight: Sight, sinks: int) -> Tensor:
+    """Return the values of ``SHAPE``, (B, R, H, Q). A sink is one more outcome, for which the largest possible entropy is larger, too."""
+    entropy_BRH1 = raw_BRHQ[..., :1]
+    largest_BR = (sight.visible_BR + bool(sinks)).clamp(min=2).log()
+    return torch.cat((entropy_BRH1, entropy_BRH1 / largest_BR[..., None, None], raw_BRHQ[..., 1:]), -1)
+
+
+def _masses(groups_BRhM: Tensor) -> Tensor:
+    """Return the values of ``MASSES``, (B, R, h, Q), from the masses on ``GROUPS``: audio includes the reference."""
+    padding, text, audio, reference, first = groups_BRhM.unbind(-1)[: len(GROUPS) - 1]
+    audio = audio + reference
+    return torch.stack((first, padding, text, audio, reference, text, audio, reference), -1)

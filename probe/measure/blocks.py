@@ -17,6 +17,7 @@ CHUNK_BYTES = 8 * 2**20
 ELEMENT_BYTES = 16
 #: What one (row, key) pair takes beside that, whatever the number of heads: masks, indices, distances.
 PAIR_BYTES = 24
+_FEW_ROWS = 8
 
 
 class NotObservable(Exception):  # noqa: N818  (a finding about the model, not a fault)
@@ -76,25 +77,26 @@ def plan(
 ) -> Iterator[tuple[slice, slice, slice]]:
     """Yield slices of samples, heads and rows, rows innermost, such that a block of them stays within ``CHUNK_BYTES``.
 
-    Whole samples if they fit, else some heads of one sample (whole groups of ``group`` heads), else some rows of one group, else some
-    heads of one row.
+    Whole samples if they fit. Else some heads of one sample, in whole groups of ``group`` heads and as many as leave room for a few rows,
+    because what costs as much for one head as for all (masks, distances) is done anew for each slice of heads; and as many rows as then
+    fit. One row of one group that does not fit is cut into heads.
     """
     pairs = max(1, keys)
-    whole = rows * pairs * (element_bytes * heads + PAIR_BYTES)
-    one_group = pairs * (element_bytes * group + PAIR_BYTES)
-    b_step, h_step, r_step = 1, heads, max(1, rows)
-    if whole <= CHUNK_BYTES:
-        b_step = max(1, CHUNK_BYTES // max(1, whole))
-    elif rows * one_group <= CHUNK_BYTES:
-        h_step = max(1, (CHUNK_BYTES // (rows * pairs) - PAIR_BYTES) // (element_bytes * group)) * group
+    sample_bytes = max(1, rows * pairs * (element_bytes * heads + PAIR_BYTES))
+    if sample_bytes <= CHUNK_BYTES or not rows:
+        b_step, h_step, r_step = max(1, CHUNK_BYTES // sample_bytes), heads, max(1, rows)
     else:
-        h_step, r_step = group, CHUNK_BYTES // one_group
+        few = min(rows, _FEW_ROWS)
+        h_step = min((CHUNK_BYTES // (few * pairs) - PAIR_BYTES) // element_bytes, CHUNK_BYTES // 4 // (pairs * 8), heads)
+        h_step = max(group, h_step - h_step % group)
+        b_step, r_step = 1, CHUNK_BYTES // (pairs * (element_bytes * h_step + PAIR_BYTES))
         if r_step == 0:
-            h_step, r_step = max(1, (CHUNK_BYTES // pairs - PAIR_BYTES) // element_bytes), 1
-    borders = [(0, heads)] if h_step >= group else [(start, start + group) for start in range(0, heads, group)]
+            h_step, r_step = min(group, max(1, (CHUNK_BYTES // pairs - PAIR_BYTES) // element_bytes)), 1
+    within_groups = h_step < group
     for b in _slices(0, samples, b_step):
-        for first, last in borders:
-            for h in _slices(first, last, h_step, group if h_step >= group else 1):
+        for first in range(0, heads, group if within_groups else max(1, heads)):
+            last = first + group if within_groups else heads
+            for h in _slices(first, last, h_step, 1 if within_groups else group):
                 for r in _slices(0, rows, r_step):
                     yield b, h, r
 

@@ -17,18 +17,7 @@ from probe.measure.blocks import NotObservable, RowBlock, RowSource, check_rows,
 from probe.measure.masks import allowed, check_masks, differs_by_head, mask_rows, visible_rows
 from probe.measure.scores import Scores
 
-__all__ = [
-    "CHUNK_BYTES",
-    "FromScores",
-    "FromSoftmax",
-    "NotObservable",
-    "RowBlock",
-    "RowProbabilities",
-    "RowSource",
-    "allowed",
-    "rows_from_sdpa",
-    "rows_from_softmax",
-]
+__all__ = ["FromScores", "FromSoftmax", "NotObservable", "RowBlock", "RowSource", "allowed"]
 
 _MASK_BYTES = 8  # of one head's mask function at one (row, key) pair: an int64 on the way to a bool
 
@@ -241,49 +230,3 @@ def _matmul(q_bhND: Tensor, k_bhKD: Tensor, rounded: torch.dtype | None) -> Tens
 
 def _round(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor if dtype is None else tensor.to(dtype)
-
-
-CHUNK_BYTES = blocks.CHUNK_BYTES
-
-
-@dataclass(frozen=True, slots=True)
-class RowProbabilities:
-    """All rows at once; the way of handing over that blocks replace."""
-
-    p_BHRK: Tensor
-    visible_BRK: Tensor
-    queries: int
-    how: str
-
-
-def all_rows(source: RowSource, index_BR: Tensor) -> RowProbabilities:
-    samples, heads, queries, keys = source.shape
-    p_BHRK = torch.empty((samples, heads, index_BR.shape[1], keys), dtype=torch.float32, device=source.device)
-    for block in source.blocks(index_BR):
-        p_BHRK[block.samples, block.heads, block.rows] = block.p
-    return RowProbabilities(p_BHRK, source.visible(index_BR), queries, source.how)
-
-
-def rows_from_sdpa(
-    q_BHSD: Tensor,
-    k_BhKD: Tensor,
-    *,
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float | None,
-    enable_gqa: bool,
-    index_BR: Tensor,
-    autocast_dtype: torch.dtype | None = None,
-) -> RowProbabilities:
-    """Recompute rows from what ``F.scaled_dot_product_attention`` was given."""
-    _check_shapes(q_BHSD, k_BhKD)
-    if q_BHSD.shape[1] != k_BhKD.shape[1] and k_BhKD.shape[1] != 1 and not enable_gqa:
-        raise NotObservable(f"q {tuple(q_BHSD.shape)}, k {tuple(k_BhKD.shape)}: the heads do not fit (enable_gqa={enable_gqa})")
-    causal = 0 if is_causal else None
-    scores = Scores(q_BHSD, k_BhKD, scale=scale, mask=attn_mask, causal_offset=causal, autocast_dtype=autocast_dtype)
-    return all_rows(FromScores(scores), index_BR)
-
-
-def rows_from_softmax(scores_BHSK: Tensor, weights_BHSK: Tensor, *, index_BR: Tensor) -> RowProbabilities:
-    """Gather rows from the softmax that the model itself computed."""
-    return all_rows(FromSoftmax(scores_BHSK, weights_BHSK), index_BR)

@@ -47,10 +47,10 @@ def choose_rows(modality_BS: Tensor, *, rows: int, salt: int = 0) -> RowChoice:
     samples, queries = modality_BS.shape
     slots = min(queries, max(1, rows // max(1, samples)))
     with torch.no_grad():
-        text_BS, audio_BS = modality_BS == TEXT, modality_BS == AUDIO
+        text_BS, audio_BS = modality_BS == TEXT, modality_BS >= AUDIO
         if slots == 1:
             text_BS, audio_BS = modality_BS != PADDING, torch.zeros_like(audio_BS)
-        hash_BS = _hash(samples, queries, salt, modality_BS.device)
+        hash_BS = hash_positions(samples, queries, salt, modality_BS.device)
         text_BR = hash_BS.masked_fill(~text_BS, -1).topk(slots, dim=1).indices
         audio_BR = hash_BS.masked_fill(~audio_BS, -1).topk(slots, dim=1).indices
         texts_B1, audios_B1 = text_BS.sum(1, keepdim=True), audio_BS.sum(1, keepdim=True)
@@ -70,7 +70,7 @@ def choose_all_valid(samples: int, queries: int, rows: int, device: torch.device
     return choose_rows(torch.full((samples, queries), TEXT, dtype=torch.int8, device=device), rows=rows, salt=salt)
 
 
-def _hash(samples: int, queries: int, salt: int, device: torch.device) -> Tensor:
+def hash_positions(samples: int, queries: int, salt: int, device: torch.device) -> Tensor:
     """Return int64 (B, S) in 0 … 2^32 - 1, distinct within a sample: murmur3's finaliser is a bijection of 32 bits.
 
     Source: A. Appleby, MurmurHash3 (fmix32). The seed of a sample is mixed in by exclusive or, so distinctness survives.

@@ -1,10 +1,12 @@
-"""Watches attention layers: probabilities before dropout for sampled query rows, reduced at once to entropy and mass."""
+"""Watches attention layers: probabilities before dropout for sampled query rows, reduced at once to entropy, distance and mass."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from probe.capture.breaker import Breaker
@@ -12,16 +14,19 @@ from probe.capture.buffer import StepBuffer
 from probe.capture.cells import Cell
 from probe.capture.microbatch import MicroBatch
 from probe.capture.observer import Call, Watcher
+from probe.capture.observers.modality import late_modality, modalities
 from probe.capture.tap import AttentionTap
-from probe.measure.attention import COLUMNS, AttentionSums, HeadMeanRows, describe, describe_later, finish_later
+from probe.measure.attention import HeadMeanRows, describe, describe_later, finish_later, held_bytes
 from probe.measure.blocks import NotObservable, RowSource
-from probe.measure.probabilities import all_rows
+from probe.measure.quantities import COLUMNS, AttentionSums
 from probe.measure.rows import RowChoice, choose_all_valid, choose_rows
 from probe.records import Site
-from probe.sites.facts import ModelFacts
-from probe.sites.modality import fold_frames, output_modality, sounding_frames, token_modality
 
-_TOKENS, _FRAMES, _HELD = "modality of the tokens", "sounding frames", "attention rows held"
+#: What of a layer's masses could not be had, and why, stands under the layer's cell with one of these behind it.
+MODALITY, PER_HEAD = "modality", "per_head"
+_HELD = "attention rows held"
+_UNKNOWN = "which of its tokens are audio is known neither from the inputs nor from the model's output; padding rows are counted in"
+_LATE = "which of its tokens are audio was known only after it had run: no masses of each head, no monotonicity, no coverage"
 
 
 def attention_cell(site: str) -> str:
@@ -29,12 +34,20 @@ def attention_cell(site: str) -> str:
     return f"attention:{site}"
 
 
+class Checked(Protocol):
+    """A check that a source may carry as ``check``: does softmax(q·kᵀ) v of its arguments give what its kernel gave?"""
+
+    def mismatch(self, source: RowSource, index_BR: Tensor) -> Tensor:
+        """Return the largest difference of the rows' outputs ÷ the largest output, 0-dim, on the device."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Held:
-    """Rows of one layer that wait for the modality of the tokens."""
+    """Rows of one layer that wait for the modality of the tokens, and what they take of the budget."""
 
-    site: str
+    site: Site
     rows: HeadMeanRows
+    nbytes: int
 
 
 class AttentionWatcher(Watcher):
@@ -46,32 +59,28 @@ class AttentionWatcher(Watcher):
 
     name = "attention"
 
-    def __init__(self, sites: Sequence[Site], facts: ModelFacts, breaker: Breaker, *, rows: int) -> None:
+    def __init__(self, sites: Sequence[Site], breaker: Breaker, *, rows: int) -> None:
         """Watch the attention layers among the sites, about ``rows`` query rows a call; the breaker takes errors inside a tap."""
         self._layers = {site.name: site for site in sites if site.role == "attention"}
-        self._facts = facts
         self._breaker = breaker
         self._rows = rows
 
     def cells(self) -> Sequence[Cell]:
-        """Return a cell a layer."""
-        return [Cell(attention_cell(name), counts=("calls",), sums=COLUMNS) for name in self._layers]
+        """Return a cell a layer. ``mismatch`` is of layers whose kernel had to be checked."""
+        return [Cell(attention_cell(name), counts=("calls",), sums=COLUMNS, maxima=("mismatch",)) for name in self._layers]
 
     def sites(self) -> Sequence[str]:
-        """Return the root (where modalities are known first, or last) and the layers."""
+        """Return the root (whose return may tell modalities) and the layers."""
         return ("", *self._layers) if self._layers else ()
 
     def enter(self, call: Call, buffer: StepBuffer) -> None:
-        """At the root, read modalities; at a layer, enter the tap."""
+        """At a layer, enter the tap."""
         if call.site.name == "":
-            call.micro.scratch[_TOKENS] = token_modality(call.micro, self._facts)
-            # Now, not when the encoder has run: SpecAugment overwrites the features in place.
-            call.micro.scratch[_FRAMES] = sounding_frames(call.micro)
             return
         name = call.site.name
 
-        def see(attention: RowSource) -> None:
-            self._see(call.site, attention, call.micro, buffer)
+        def see(source: RowSource) -> None:
+            self._see(call, source, buffer)
 
         def fail(error: Exception) -> None:
             if isinstance(error, NotObservable):
@@ -79,7 +88,7 @@ class AttentionWatcher(Watcher):
             else:
                 self._breaker.trip(self.name, error, name)
 
-        tap = AttentionTap(see, fail, num_heads=_heads_of(call))
+        tap = AttentionTap(see, fail, num_heads=_heads_of(call), sinks=isinstance(getattr(call.module, "sinks", None), Tensor))
         tap.__enter__()  # type: ignore[no-untyped-call]
         call.notes[self.name] = tap
 
@@ -99,75 +108,73 @@ class AttentionWatcher(Watcher):
             reason = f"its kernel ({kernel}) returned no weights and called neither scaled_dot_product_attention nor softmax"
             buffer.totals.omit(attention_cell(call.site.name), reason)
 
-    def _see(self, site: Site, attention: RowSource, micro: MicroBatch, buffer: StepBuffer) -> None:
+    def _see(self, call: Call, source: RowSource, buffer: StepBuffer) -> None:
         """Reduce one attention call."""
         if self._breaker.is_off(self.name):
             return
-        samples, heads, queries, keys = attention.shape
+        name, totals = attention_cell(call.site.name), buffer.totals
+        samples, heads, queries, keys = source.shape
         if not (samples and queries and keys):
-            buffer.totals.omit(attention_cell(site.name), f"an empty call: {samples} samples, {queries} queries, {keys} keys")
+            totals.omit(name, f"an empty call: {samples} samples, {queries} queries, {keys} keys")
             return
-        query_BS, key_BK = self._modalities(site, micro, attention.shape)
-        choice = self._choice(query_BS, attention, micro, salt=buffer.step or 0)
-        rows = all_rows(attention, choice.index_BR)
-        buffer.totals.tell(attention_cell(site.name), (heads, keys, rows.how))
-        if query_BS is None and key_BK is None and self._facts_come_later(site):
-            held = describe_later(rows, choice)
-            if buffer.reserve(attention_cell(site.name), held.nbytes):
-                micro.scratch.setdefault(_HELD, []).append(_Held(site.name, held))
-            return
-        self._add(site.name, describe(rows, choice, query_modality_BS=query_BS, key_modality_BK=key_BK), buffer)
+        query_BS, key_BK = modalities(call, source.shape)
+        choice = self._choice(call, source, query_BS, salt=buffer.step or 0)
+        if not self._held(call, source, choice, buffer, known=query_BS is not None or key_BK is not None):
+            kind = call.site.kind
+            found = describe(
+                source,
+                choice,
+                query_modality_BS=query_BS,
+                key_modality_BK=key_BK,
+                self_attention=kind != "cross",
+                walks=kind in ("cross", "joint"),
+            )
+            _add(call.site, found, buffer)
+        totals.tell(name, (heads, keys, source.how))
+        check: Checked | None = getattr(source, "check", None)
+        if check is not None:
+            worst = check.mismatch(source, choice.index_BR).double().nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a NaN
+            totals.add(name, maxima=worst.reshape(1))
 
-    def _modalities(self, site: Site, micro: MicroBatch, shape: tuple[int, int, int, int]) -> tuple[Tensor | None, Tensor | None]:
-        """Return the modality of queries (B, S) and keys (B, K), ``None`` where it is not known."""
-        samples, _, queries, keys = shape
-        tokens, frames = micro.scratch.get(_TOKENS), micro.scratch.get(_FRAMES)
+    def _held(self, call: Call, source: RowSource, choice: RowChoice, buffer: StepBuffer, *, known: bool) -> bool:
+        """Hold the rows until the root returns, where that may tell more of them; return whether they are held."""
+        if known or call.site.kind != "joint":
+            return False
+        nbytes = held_bytes(source.shape, choice)
+        if not buffer.reserve(f"{attention_cell(call.site.name)}/{MODALITY}", nbytes):
+            return False
+        rows = describe_later(source, choice)
+        call.micro.scratch.setdefault(_HELD, []).append(_Held(call.site, rows, nbytes))
+        return True
 
-        def of_tokens(length: int) -> Tensor | None:
-            return tokens if tokens is not None and tuple(tokens.shape) == (samples, length) else None
-
-        def of_frames(length: int) -> Tensor | None:
-            return None if frames is None else fold_frames(frames, frames=length, clips=samples)
-
-        if site.kind == "encoder":
-            return of_frames(queries), of_frames(keys)
-        if site.kind == "cross":
-            return of_tokens(queries), of_frames(keys)
-        return of_tokens(queries), of_tokens(keys)
-
-    def _facts_come_later(self, site: Site) -> bool:
-        """Tell whether the root's output may tell the modality of this layer's tokens."""
-        return site.kind == "joint"
-
-    def _choice(self, query_BS: Tensor | None, attention: RowSource, micro: MicroBatch, *, salt: int) -> RowChoice:
-        """Choose rows once for all layers whose queries are the same; other steps (``salt``) look at other rows."""
-        samples, _, queries, _ = attention.shape
-        key = ("rows", id(query_BS), samples, queries)
-        if key not in micro.scratch:
+    def _choice(self, call: Call, source: RowSource, query_BS: Tensor | None, *, salt: int) -> RowChoice:
+        """Choose rows once for all layers of a kind whose queries are the same; other steps (``salt``) look at other rows."""
+        samples, _, queries, _ = source.shape
+        key = ("rows", call.site.kind, samples, queries, query_BS is None, source.device)
+        if key not in call.micro.scratch:
             known = None if query_BS is None else choose_rows(query_BS, rows=self._rows, salt=salt)
-            chosen = known or choose_all_valid(samples, queries, self._rows, attention.device, salt=salt)
-            micro.scratch[key] = (chosen, query_BS)  # the tensor is kept so that its id stays its own
-        choice: RowChoice = micro.scratch[key][0]
+            call.micro.scratch[key] = known or choose_all_valid(samples, queries, self._rows, source.device, salt=salt)
+        choice: RowChoice = call.micro.scratch[key]
         return choice
 
     def _finish(self, held: _Held, micro: MicroBatch, buffer: StepBuffer) -> None:
-        buffer.release(held.rows.nbytes)
-        modality = output_modality(micro)
-        fits = modality is not None and modality.shape[1] == held.rows.choice.queries == held.rows.p_BRK.shape[-1]
-        if not fits:
-            modality = None
-            buffer.totals.omit(
-                f"{attention_cell(held.site)}/modality",
-                "which of its tokens are audio is known neither from input_ids nor from the model's output; padding rows are counted in",
-            )
-        self._add(held.site, finish_later(held.rows, modality, modality), buffer)
+        buffer.release(held.nbytes)
+        name = attention_cell(held.site.name)
+        modality = late_modality(micro, held.site)
+        samples, _, queries, keys = held.rows.shape
+        fits = modality is not None and tuple(modality.shape) == (samples, queries) == (samples, keys)
+        buffer.totals.omit(f"{name}/{PER_HEAD if fits else MODALITY}", _LATE if fits else _UNKNOWN)
+        modality = modality if fits else None
+        _add(held.site, finish_later(held.rows, modality, modality), buffer)
 
-    def _add(self, site: str, found: AttentionSums, buffer: StepBuffer) -> None:
-        totals, name = buffer.totals, attention_cell(site)
-        totals.add(name, sums=found.sums)
-        buffer.put(f"own:{name}", found.sums + totals.local.get(f"own:{name}", 0.0))
-        buffer.put(f"heads:{name}", found.per_head + totals.local.get(f"heads:{name}", 0.0))
-        totals.tell(f"masses_per_head:{name}", found.masses_per_head)
+
+def _add(site: Site, found: AttentionSums, buffer: StepBuffer) -> None:
+    totals, name = buffer.totals, attention_cell(site.name)
+    totals.add(name, sums=found.sums)
+    buffer.put(f"own:{name}", found.sums + totals.local.get(f"own:{name}", 0.0))
+    buffer.put(f"heads:{name}", found.per_head + totals.local.get(f"heads:{name}", 0.0))
+    known = totals.facts.get(f"headwise:{name}", found.headwise)
+    totals.tell(f"headwise:{name}", tuple(what for what in known if what in found.headwise))
 
 
 def _heads_of(call: Call) -> int | None:

@@ -1,0 +1,91 @@
+"""How text rows walk over audio keys: whether later rows look at later audio, and how much of the audio is looked at at all.
+
+Shapes: B batch, K keys, H heads, R sampled rows a sample; b, h, r: those of one block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from probe.measure import blocks
+from probe.measure.blocks import RowBlock
+
+_TIE_KEYS = 1e-3  # centres of attention nearer than this are told apart by rounding only
+
+
+class Coverage:
+    """Adds up the distribution of a sample's text rows over its audio keys, block by block, and says how much of them it covers.
+
+    Holds one float64 distribution for each sample and head of the blocks in work, and one number for each of all.
+    """
+
+    def __init__(self, weight_BR: Tensor, audio_BK: Tensor, heads: int) -> None:
+        """Take the weights of the text rows (0 for others) and the audio keys that they see."""
+        self._weight_BR = weight_BR
+        self._audio_BK = audio_BK
+        self._coverage_BH = weight_BR.new_zeros((weight_BR.shape[0], heads))
+        self._at: tuple[slice, slice] | None = None
+        self._sum_bhK: Tensor | None = None
+
+    def add(self, block: RowBlock, p_brhK: Tensor) -> None:
+        """Add a block, whose probabilities are float64 and free to be overwritten."""
+        if self._at != (block.samples, block.heads):
+            self._close()
+            self._at, self._sum_bhK = (block.samples, block.heads), None
+        b, r, h, keys = p_brhK.shape
+        weight_br = self._weight_BR[block.samples, block.rows]
+        p_brhK.masked_fill_((weight_br == 0)[:, :, None, None], 0.0)  # padding may hold anything, also NaN
+        sum_bhK = (weight_br[:, None] @ p_brhK.view(b, r, h * keys)).view(b, h, keys)
+        self._sum_bhK = sum_bhK if self._sum_bhK is None else self._sum_bhK.add_(sum_bhK)
+
+    def value(self) -> Tensor:
+        """Return float64 (B, H): exp(entropy of the mean distribution over audio keys) ÷ how many of them are visible; 0 … 1.
+
+        0 where nothing of the probability is on audio.
+        """
+        self._close()
+        return self._coverage_BH
+
+    def _close(self) -> None:
+        if self._at is None or self._sum_bhK is None:
+            return
+        b, h = self._at
+        sum_bhK = self._sum_bhK.masked_fill_(~self._audio_BK[b, None], 0.0)
+        total_bh = sum_bhK.sum(-1)
+        entropy_bh = torch.special.entr(sum_bhK).sum(-1) / total_bh + total_bh.log()
+        visible_b1 = self._audio_BK[b].sum(-1, keepdim=True)
+        self._coverage_BH[b, h] = torch.where(total_bh == 0, 0.0, entropy_bh.exp() / visible_b1)
+        self._at = self._sum_bhK = None
+
+
+def monotonicity(index_BR: Tensor, counts_BR: Tensor, mass_BRH: Tensor, place_BRH: Tensor) -> tuple[Tensor, Tensor]:
+    """Return Kendall's tau between the number of a row and its centre of attention, over pairs of rows of a sample.
+
+    Tau-a: pairs in the same order less pairs in the opposite order, by all pairs. Centres nearer than a thousandth of a key tie, and so
+    does a row without any mass. Pairs are compared some rows at a time, with temporaries within ``CHUNK_BYTES``.
+
+    Args:
+        index_BR: Row numbers, all different where ``counts_BR``.
+        counts_BR: bool: rows that are compared.
+        mass_BRH: float64 mass of a row on the keys.
+        place_BRH: float64 sum of key number times probability.
+
+    Returns:
+        Tau, float64 (B, H), -1 … 1; the number of pairs (each counted twice), float64 (B, 1). Without a pair, tau is 0.
+
+    Source: Kendall (1938), A new measure of rank correlation, Biometrika 30.
+    """
+    samples, rows, heads = mass_BRH.shape
+    somewhere_BRH = (mass_BRH != 0) & counts_BR[..., None]
+    centre_BRH = torch.where(somewhere_BRH, place_BRH / mass_BRH, 0.0)
+    order_BH = mass_BRH.new_zeros((samples, heads))
+    step = max(1, blocks.CHUNK_BYTES // max(1, samples * rows * heads * 32))
+    for r in (slice(start, start + step) for start in range(0, rows, step)):
+        ahead_BrRH = centre_BRH[:, r, None] - centre_BRH[:, None]
+        ahead_BrRH.masked_fill_((ahead_BrRH.abs() < _TIE_KEYS) | ~(somewhere_BRH[:, r, None] & somewhere_BRH[:, None]), 0.0)
+        later_BrR = (index_BR[:, r, None] - index_BR[:, None]).sign()
+        order_BH = order_BH + (ahead_BrRH.sign_() * later_BrR[..., None]).sum((1, 2))
+    number_B1 = counts_BR.sum(1, keepdim=True).double()
+    pairs_B1 = number_B1 * (number_B1 - 1)
+    return order_BH / pairs_B1.clamp(min=1), pairs_B1
