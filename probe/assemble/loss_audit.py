@@ -29,6 +29,7 @@ def loss_audit(draft: Draft, *, logged: float | None) -> LossAudit | None:
     if settings is None or reduction is None or not values.counts["micro_batches"]:
         why = draft.host.reasons.get("probe/loss", draft.blind.get("loss", "no training_step returned a loss in this step"))
         draft.reasons.setdefault(RATIO, why)
+        draft.reasons.setdefault(LOGGED, why)
         return None
     loss = _backpropagated(draft, settings)
     logged = logged if logged is not None and math.isfinite(logged) else None

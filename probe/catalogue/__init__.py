@@ -9,6 +9,7 @@ from probe.catalogue.attention import attention_metrics
 from probe.catalogue.encoder import encoder_metrics
 from probe.catalogue.heads import codebook_metrics, head_metrics
 from probe.catalogue.inputs import branch_metrics, input_metrics
+from probe.catalogue.loss import loss_audit_metrics
 from probe.catalogue.metric import KINDS, POSITIVE, Metric
 from probe.catalogue.training import gradient_metrics
 
@@ -26,6 +27,7 @@ CATALOGUE: tuple[Metric, ...] = (
         "transformers.Trainer.training_step",
         True,
     ),
+    *loss_audit_metrics(),
     *head_metrics("text", "text tokens"),
     *head_metrics("audio", "audio tokens"),
     *encoder_metrics(),

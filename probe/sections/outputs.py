@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from probe.records import Accuracy, Head, StepRecord
 from probe.sections.blocks import Block, Column, Comparison, Fact, Facts, Note, Section, Table, TokenPair
+from probe.sections.loss_audit import loss_audit_blocks
 from probe.sections.numbers import MISSING, counted, dtype, fixed, interval, number, passage, shape, share
 from probe.sections.reasons import OUTPUT, Reasons
 
@@ -30,6 +31,7 @@ def section(record: StepRecord) -> Section:
             blocks += _tokens(head, reasons)
     else:
         blocks.append(Facts((Fact("LM heads", reasons.missing("lm_head", "heads", "head"), "missing"),)))
+    blocks += loss_audit_blocks(record, reasons)
     return Section(OUTPUT, record.step, (*blocks, *reasons.rest()))
 
 

@@ -26,6 +26,7 @@ PREFIXES: dict[str, str] = {
     "probe/text": OUTPUT,
     "probe/audio": OUTPUT,
     "probe/loss": OUTPUT,
+    "probe/loss_audit": OUTPUT,
     "attention": ATTENTION,
     "probe/attention": ATTENTION,
     "branches": ATTENTION,
