@@ -32,12 +32,15 @@ def test_what_the_contract_names_is_there() -> None:
         for what in ("loss", "token_accuracy", "top5_accuracy", "entropy"):
             assert describe(f"probe/{modality}/{what}").name == f"probe/{modality}/{what}"
         assert describe(f"probe/feed_forward/{modality}_token_share")
-    for what in ("entropy", "entropy_nats", "first_token", "padding"):
+    shape = ("entropy", "entropy_nats", "effective_keys", "top", "first_token", "padding", "sink", "distance", "monotonicity", "coverage")
+    for what in shape:
         assert describe(f"probe/attention/{what}").name == f"probe/attention/{what}"
         for kind in ("encoder", "decoder", "cross", "joint"):
             assert describe(f"probe/attention/{kind}/{what}").name == f"probe/attention/<kind>/{what}"
-    for what in ("text_to_audio", "audio_to_text", "text_to_text", "audio_to_audio"):
+    for what in ("text_to_audio", "audio_to_text", "text_to_reference", "text_to_text", "audio_to_audio", "audio_to_reference"):
         assert describe(f"probe/attention/{what}")
+        assert describe(f"probe/attention/joint/{what}").name == f"probe/attention/<kind>/{what}"
+    assert describe("probe/attention/cross/band")
     for what in ("rms", "time_std", "batch_std", "nonfinite", "calls", "gradient_norm"):
         assert describe(f"probe/audio_encoder/{what}")
     for what in ("padding_share", "labels_masked_share", "ids_outside_vocabulary", "audio_clips", "audio_clips_constant", "samples"):
