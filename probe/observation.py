@@ -21,6 +21,7 @@ from probe.capture.observer import Observer, StepEnd
 from probe.capture.observers.attention import AttentionWatcher
 from probe.capture.observers.branches import BranchWatcher
 from probe.capture.observers.gradients import GradientWatcher, parts_of
+from probe.capture.observers.head_unseen import HeadEvaluator
 from probe.capture.observers.heads import HeadWatcher
 from probe.capture.observers.inputs import InputWatcher
 from probe.capture.observers.loss import LossWatcher
@@ -95,8 +96,8 @@ class Observation:
         _check_budget(options, fixed_bytes(self._layout.cells))
         sites = {site.name: site for site in self.discovery.sites.sites}
         self._hooks = _hooks(self.discovery, sites, self._observers, self.breaker)
-        flex = any(getattr(getattr(m, "config", None), "_attn_implementation", "") == "flex_attention" for m in model.modules())
-        self.window = Window(self._hooks, self.breaker, around=around, compile_mode=options.compile, flex=flex)
+        layers = [self.discovery.modules[name] for name, site in sites.items() if site.role == "attention"]
+        self.window = Window(self._hooks, self.breaker, around=around, compile_mode=options.compile, layers=layers)
         self.buffer = StepBuffer(budget_bytes=int(options.budget_mib * MIB), sites=tuple(sites), cells=self._layout.cells)
         reduction = read_reduction(model, self.discovery.sites.sites, self.discovery.facts)
         self._run = replace(_context(model, self.discovery, options, processors, say), loss_settings=loss, reduction=reduction)
@@ -203,7 +204,7 @@ def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settin
     return [
         InputWatcher(found.facts, keep_text=settings.keep_text),
         StatisticsWatcher(sites, keep=keep),
-        HeadWatcher(sites, found.facts, keep_text=settings.keep_text),
+        HeadWatcher(sites, found.facts, evaluator=HeadEvaluator(found.modules, found.feeders, found.facts), keep_text=settings.keep_text),
         ModalityWatcher(sites, found.facts, mask_takers=found.mask_takers),
         AttentionWatcher(sites, breaker, rows=settings.attention_rows),
         BranchWatcher(sites),

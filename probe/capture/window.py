@@ -1,8 +1,8 @@
-"""The window: hooks stand inside one ``training_step`` of a sampled step, and are gone before it returns."""
+"""The window: hooks stand, and kernels are watched, inside one ``training_step`` of a sampled step; both end before it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ from torch import nn
 from probe.capture.breaker import Breaker
 from probe.capture.buffer import StepBuffer
 from probe.capture.hooks import Forward, HookSet
+from probe.capture.kernels import run_kernel
+from probe.foreign.attention_kernels import implementations, watched_kernels
 from probe.foreign.compiled import can_force_eager, force_eager, has_compiled_regions
 from probe.settings import CompileMode
 
@@ -27,7 +29,9 @@ class Window:
         closed: Why nothing inside the model can be observed; "" if it can.
     """
 
-    def __init__(self, hooks: HookSet, breaker: Breaker, *, around: nn.Module, compile_mode: CompileMode, flex: bool = False) -> None:
+    def __init__(
+        self, hooks: HookSet, breaker: Breaker, *, around: nn.Module, compile_mode: CompileMode, layers: Sequence[nn.Module] = ()
+    ) -> None:
         """Decide how to arm.
 
         Args:
@@ -35,13 +39,16 @@ class Window:
             breaker: Where an error goes.
             around: The outermost module that is called in training (a DDP or compile wrapper, or the root itself).
             compile_mode: What the user chose for compiled models.
-            flex: Whether some layer runs flex attention.
+            layers: The attention layers whose kernels are watched.
         """
         self._hooks = hooks
         self._breaker = breaker
+        self._around = around
+        self._layers = layers
         self.compiled = has_compiled_regions(around)
         self.closed = ""
         if self.compiled:
+            flex = any("flex" in name for module in around.modules() for name in implementations(module))
             self.closed = _OFF if compile_mode == "off" else _FLEX if flex else "" if can_force_eager() else _OLD
 
     @contextmanager
@@ -59,10 +66,16 @@ class Window:
                 else:
                     if self.compiled:
                         stack.enter_context(force_eager())
+                    self._watch_kernels(stack)
                     forward = Forward(buffer, batch=batch)
                     stack.callback(self._disarm, forward, buffer)
                     self._hooks.register(forward)
             yield
+
+    def _watch_kernels(self, stack: ExitStack) -> None:
+        if self._layers and not self._breaker.is_off("attention"):
+            with self._breaker.guard("attention", "the attention kernels"):
+                stack.enter_context(watched_kernels(self._layers, self._around, run_kernel))
 
     def _disarm(self, forward: Forward, buffer: StepBuffer) -> None:
         self._hooks.remove()
