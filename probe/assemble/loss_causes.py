@@ -90,7 +90,7 @@ def explain(figures: Figures) -> tuple[str, ...]:
     """Return the causes, most telling first; empty if nothing is off."""
     found = [*_masked(figures), *_nonfinite(figures)]
     if figures.off:
-        found += slips_that_explain(figures) or [_unexplained(figures)]
+        found += _accumulated_auxiliary(figures) or slips_that_explain(figures) or [_unexplained(figures)]
         found += _log_of_a_share(figures)
     return (*found, *_padding(figures))
 
@@ -252,14 +252,22 @@ def _all_ranks(f: Figures) -> str:
     )
 
 
+def _accumulated_auxiliary(f: Figures) -> list[str]:
+    """A declared auxiliary loss that every micro-batch (of every rank) adds, while num_items_in_batch divides only the cross-entropy."""
+    assert f.loss is not None
+    assert f.expected is not None
+    e = f.expectation
+    times = e.steps * (e.ranks if e.averaged else 1)
+    if e.by != "items" or times <= 1 or not e.auxiliary or not _near(f.loss, f.expected + e.auxiliary * (times - 1), MATCH):
+        return []
+    return [f"the auxiliary loss of each of the {times:g} micro-batches is added and not divided: it weighs {times:g} times as much"]
+
+
 def _unexplained(f: Figures) -> str:
     """Say what can be said where no slip gives this loss: where it changes, and by how much."""
     assert f.loss is not None
     assert f.expected is not None
-    e, more = f.expectation, f.loss - f.expected
-    times = e.steps * (e.ranks if e.averaged else 1)
-    if e.auxiliary and times > 1 and _near(more, e.auxiliary * (times - 1), 0.05):
-        return f"the auxiliary loss of each of the {times:g} micro-batches is added and not divided: it weighs {times:g} times as much"
+    more = f.loss - f.expected
     amount = f"adds {more:.4g} to the cross-entropy" if more > 0 else f"takes {-more:.4g} from the cross-entropy"
     if f.settings.loss_function:
         return f"compute_loss_func={f.settings.loss_function} takes another loss than the token mean of the cross-entropy: it {amount}"
