@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from probe.measure.rows import RowChoice, choose_all_valid, choose_rows
-from probe.sites.modality import AUDIO, PADDING, TEXT
+from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT
 
 
 def random_modality(samples: int, queries: int, seed: int) -> Tensor:
@@ -119,3 +119,26 @@ def test_empty_calls_give_empty_choices(shape: tuple[int, int]) -> None:
     choice = choose_rows(torch.zeros(shape, dtype=torch.int8), rows=8)
     assert float(choice.weight_BR.sum()) == 0.0
     assert choice.index_BR.shape[0] == shape[0]
+
+
+@pytest.mark.parametrize("rows", [2, 8, 40])
+def test_reference_audio_is_audio(rows: int) -> None:
+    """Reference audio shares the stratum of audio: the rows and weights are those of the same audio without a reference."""
+    modality = random_modality(2, 60, seed=6)
+    given = modality.masked_fill((modality == AUDIO) & (torch.arange(60) < 30), REFERENCE)
+    assert (given == REFERENCE).any()
+    with_reference, without = choose_rows(given, rows=rows), choose_rows(modality, rows=rows)
+    assert torch.equal(with_reference.index_BR, without.index_BR)
+    assert torch.equal(with_reference.weight_BR, without.weight_BR)
+    taken = given.gather(1, with_reference.index_BR)[with_reference.weight_BR > 0].tolist()
+    assert rows < 8 or REFERENCE in taken
+
+
+def test_a_wide_batch_takes_one_row_a_sample() -> None:
+    """More samples than rows: each sample has one row, of text or audio, that stands for all of its own."""
+    modality = random_modality(500, 30, seed=7)
+    modality[:, 0] = TEXT
+    choice = choose_rows(modality, rows=64)
+    assert choice.index_BR.shape == (500, 1)
+    assert torch.equal(choice.weight_BR[:, 0], (modality != PADDING).sum(1).float())
+    assert {TEXT, AUDIO} == set(modality.gather(1, choice.index_BR).flatten().tolist())

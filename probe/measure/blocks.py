@@ -17,6 +17,8 @@ CHUNK_BYTES = 8 * 2**20
 ELEMENT_BYTES = 16
 #: What one (row, key) pair takes beside that, whatever the number of heads: masks, indices, distances.
 PAIR_BYTES = 24
+#: What one key of one sample takes, whatever the number of rows: which groups of keys it is in.
+KEY_BYTES = 64
 _FEW_ROWS = 8
 
 
@@ -82,7 +84,7 @@ def plan(
     fit. One row of one group that does not fit is cut into heads.
     """
     pairs = max(1, keys)
-    sample_bytes = max(1, rows * pairs * (element_bytes * heads + PAIR_BYTES))
+    sample_bytes = max(1, pairs * (rows * (element_bytes * heads + PAIR_BYTES) + KEY_BYTES))
     if sample_bytes <= CHUNK_BYTES or not rows:
         b_step, h_step, r_step = max(1, CHUNK_BYTES // sample_bytes), heads, max(1, rows)
     else:

@@ -5,7 +5,7 @@ Shapes: B batch, S tokens (queries), K keys, R sampled rows a sample, M groups o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +22,7 @@ GROUPS = ("padding", "text", "audio", "reference", "first", "place")
 BAND_KEYS, BAND_SHARE = 4, 0.1
 _UNKNOWN = -1
 _SEEN_BYTES = 16  # of one (row, key) pair that is counted
-_ROUNDING = 1e-9
+_ROUNDING = 1e-6  # shares of keys are float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Places:
 
     Attributes:
         row_BR: float64.
-        key_BK: float64, (1, K) where it is the same for all samples; infinite for a key that lies nowhere (padding).
+        key_BK: (1, K) where it is the same for all samples; infinite for a key that lies nowhere (padding).
         band: Rows and keys this near lie in the diagonal band.
         in_keys: Whether a difference is a number of keys.
     """
@@ -164,18 +164,32 @@ def places(choice: RowChoice, keys: int, query_BS: Tensor | None, key_BK: Tensor
         own_BR = choice.index_BR + (keys - choice.queries)
         return Places(own_BR.double(), torch.arange(keys, device=device).double()[None], BAND_KEYS, True)
     row_BR = _shares(query_BS, choice.queries, device).expand(choice.index_BR.shape[0], -1).gather(1, choice.index_BR)
-    return Places(row_BR, _shares(key_BK, keys, device), BAND_SHARE + _ROUNDING, False)
+    return Places(row_BR.double(), _shares(key_BK, keys, device), BAND_SHARE + _ROUNDING, False)
 
 
 def _shares(codes: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """Return where each of a sample's tokens lies between its first (0) and its last (1) that is not padding; padding at infinity."""
+    """Return where each token lies between a sample's first (0) and last (1) that is not padding, float32; padding at infinity."""
     real = torch.ones((1, length), dtype=torch.bool, device=device) if codes is None else codes != PADDING
-    rank = real.cumsum(1).double()
-    return ((rank - 0.5) / rank[:, -1:]).masked_fill_(~real, float("inf"))
+    shares: list[Tensor] = []
+    for b in _some(real.shape[0], length * 32):
+        rank = real[b].cumsum(1).double()
+        shares.append(((rank - 0.5) / rank[:, -1:]).float().masked_fill_(~real[b], float("inf")))
+    return shares[0] if len(shares) == 1 else torch.cat(shares)
 
 
 def _count(visible_BrK: Tensor, codes_BK: Tensor) -> Tensor:
     """Return float32 (B, r, 4): how many keys of any kind, of text, audio and reference are visible. Exact: ones are added."""
-    any_Br1 = visible_BrK.sum(-1, keepdim=True, dtype=torch.float32)
-    kinds_BKM = (codes_BK[..., None] == torch.arange(TEXT, REFERENCE + 1, device=codes_BK.device)).float()
-    return torch.cat((any_Br1, visible_BrK.float() @ kinds_BKM), -1)
+    counts: list[Tensor] = []
+    samples, rows, keys = visible_BrK.shape
+    kinds_M = torch.arange(TEXT, REFERENCE + 1, device=codes_BK.device)
+    for b in _some(samples, keys * (_SEEN_BYTES + 4 * rows)):
+        visible_brK = visible_BrK[b].float()
+        kinds_bKM = (codes_BK[b, :, None] == kinds_M).float()
+        counts.append(torch.cat((visible_brK.sum(-1, keepdim=True), visible_brK @ kinds_bKM), -1))
+    return counts[0] if len(counts) == 1 else torch.cat(counts)
+
+
+def _some(samples: int, sample_bytes: int) -> Iterator[slice]:
+    """Yield slices of samples that stay within ``CHUNK_BYTES``."""
+    step = max(1, blocks.CHUNK_BYTES // max(1, sample_bytes))
+    return (slice(start, min(start + step, samples)) for start in range(0, samples, step))

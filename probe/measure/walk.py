@@ -79,7 +79,7 @@ def monotonicity(index_BR: Tensor, counts_BR: Tensor, mass_BRH: Tensor, place_BR
     samples, rows, heads = mass_BRH.shape
     somewhere_BRH = (mass_BRH != 0) & counts_BR[..., None]
     centre_BRH = torch.where(somewhere_BRH, place_BRH / mass_BRH, 0.0)
-    order_BH = mass_BRH.new_zeros((samples, heads))
+    order_BH = (centre_BRH * 0.0).sum(1)  # 0; NaN where a row that counts is NaN, which has no sign
     step = max(1, blocks.CHUNK_BYTES // max(1, samples * rows * heads * 32))
     for r in (slice(start, start + step) for start in range(0, rows, step)):
         ahead_BrRH = centre_BRH[:, r, None] - centre_BRH[:, None]
