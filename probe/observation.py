@@ -21,6 +21,7 @@ from probe.capture.observer import Observer, StepEnd
 from probe.capture.observers.attention import AttentionWatcher
 from probe.capture.observers.branches import BranchWatcher
 from probe.capture.observers.gradients import GradientWatcher, parts_of
+from probe.capture.observers.head_unseen import HeadEvaluator
 from probe.capture.observers.heads import HeadWatcher
 from probe.capture.observers.inputs import InputWatcher
 from probe.capture.observers.loss import LossWatcher
@@ -203,7 +204,7 @@ def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settin
     return [
         InputWatcher(found.facts, keep_text=settings.keep_text),
         StatisticsWatcher(sites, keep=keep),
-        HeadWatcher(sites, found.facts, keep_text=settings.keep_text),
+        HeadWatcher(sites, found.facts, evaluator=HeadEvaluator(found.modules, found.feeders, found.facts), keep_text=settings.keep_text),
         ModalityWatcher(sites, found.facts, mask_takers=found.mask_takers),
         AttentionWatcher(sites, breaker, rows=settings.attention_rows),
         BranchWatcher(sites),

@@ -156,12 +156,32 @@ class Accuracy:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadSample:
+    """What a head predicted for one sample of this rank's first micro-batch, teacher-forced, at its labelled positions in order.
+
+    ``predicted`` and ``target`` lie over each other, and so do ``predicted_pieces`` and ``target_pieces``, the text of each of the first
+    tokens as it stands in its context (for a text head with a tokenizer, and for the first samples only). The texts keep special
+    tokens; ``word_error_rate`` is without them, of the words between spaces as they are.
+    """
+
+    index: int
+    predicted: tuple[int, ...] = ()
+    target: tuple[int, ...] = ()
+    predicted_pieces: tuple[str, ...] = ()
+    target_pieces: tuple[str, ...] = ()
+    predicted_text: str | None = None
+    target_text: str | None = None
+    word_error_rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
-    """One LM head in one step: its logits, its accuracy, and predicted against target tokens of one sample.
+    """One LM head in one step: its logits, its accuracy, and predicted against target tokens of a few samples.
 
     ``shape``, ``dtype`` and ``device`` are of the last call on this rank; ``mean``, ``minimum``, ``maximum`` are over all logits.
-    ``predicted`` and ``target`` are the labelled positions of sample 0 of this rank's first micro-batch, in order, aligned with each
-    other. ``alignment`` says how labels and logits were laid over each other ("shifted by one", …).
+    ``alignment`` says how labels and logits were laid over each other ("shifted by one", …). ``evaluated`` says what the accuracy rests
+    on where the model did without the head ("256 of 1,000 labelled positions: …"), else it is "". ``top_token_text`` is the text of
+    ``accuracy.top_token``, for a text head with a tokenizer. ``shown`` holds samples of the first codebook where there are several.
     """
 
     site: str
@@ -177,10 +197,9 @@ class Head:
     accuracy: Accuracy | None = None
     codebooks: tuple[Accuracy, ...] = ()
     alignment: str = ""
-    predicted: tuple[int, ...] = ()
-    target: tuple[int, ...] = ()
-    predicted_text: str | None = None
-    target_text: str | None = None
+    evaluated: str = ""
+    top_token_text: str | None = None
+    shown: tuple[HeadSample, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,6 +13,7 @@ from probe.records import (
     Conditioning,
     Finding,
     Head,
+    HeadSample,
     HeadwiseAttention,
     Inputs,
     InputSample,
@@ -147,7 +148,7 @@ def speech_record(step: int = 1, **changes: Any) -> StepRecord:
                 -21.0,
                 19.0,
                 0,
-                Accuracy(6_400, 6.9, 0.019, 0.08, 6.1),
+                Accuracy(6_400, 6.9, 0.019, 0.08, 6.1, 0.02, 0.2),
                 tuple(Accuracy(800, 6.0 + index / 4, 0.021 - index / 500, 0.09, 6.2) for index in range(8)),
                 "shifted by one",
             ),
@@ -206,6 +207,13 @@ def _layer(site: str, kind: Any, index: int) -> Attention:
         rows=128,
         entropy=0.9 - ((index * 7) % 32) / 64,
         entropy_nats=4.0 - ((index * 7) % 32) / 16,
+        top=0.2 + index / 64,
+        effective_keys=20.0 - ((index * 7) % 32) / 2,
+        band=None if joint else 0.3,
+        distance=None if cross else 7.5,
+        monotonicity=0.9 - index / 64 if cross or joint else None,
+        coverage=0.7 if cross or joint else None,
+        text_to_reference=0.05 if joint else None,
         first_token=((index * 5) % 32) / 100,
         padding=None if joint else 0.0,
         text_to_text=None if cross or kind == "encoder" else 0.5,
@@ -219,6 +227,7 @@ def _layer(site: str, kind: Any, index: int) -> Attention:
 def _text_head(site: str, labelled: int) -> Head:
     target = tuple(50_257 + (index * 37) % 400 if index % 5 else 11 + index for index in range(labelled))
     predicted = tuple(token + (index % 3 == 0) for index, token in enumerate(target))
+    texts = ("<|en|><|transcribe|> the quick brown fog", "<|en|><|transcribe|> the quick brown fox")
     return Head(
         site=site,
         modality="text",
@@ -229,13 +238,17 @@ def _text_head(site: str, labelled: int) -> Head:
         mean=-3.21,
         minimum=-18.5,
         maximum=22.75,
-        accuracy=Accuracy(62, 4.5869, 0.4839, 0.7, 5.12),
+        accuracy=Accuracy(62, 4.5869, 0.4839, 0.7, 5.12, 0.0712, 0.31, 290),
         alignment="not shifted (encoder-decoder)",
-        predicted=predicted,
-        target=target,
-        predicted_text="<|en|><|transcribe|> the quick brown fog",
-        target_text="<|en|><|transcribe|> the quick brown fox",
+        top_token_text=" and",
+        shown=(HeadSample(0, predicted, target, (), (), *texts, 0.25),),
     )
+
+
+def text_sample(index: int) -> HeadSample:
+    """A sample whose tokens are known as text: two of five are wrong."""
+    target, predicted = ("<|en|>", " hold", " the", " door", "</s>"), ("<|en|>", " mold", " the", " doorway", "</s>")
+    return HeadSample(index, (1, 9, 3, 8, 5), (1, 2, 3, 4, 5), predicted, target, "".join(predicted), "".join(target), 2 / 3)
 
 
 def _whisper_inputs() -> Inputs:

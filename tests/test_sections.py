@@ -12,11 +12,11 @@ import pytest
 
 from probe.records import (
     Accuracy,
-    Attention,
     AudioSegment,
     Branches,
     Conditioning,
     Head,
+    HeadSample,
     Inputs,
     SiteStatistics,
     StepRecord,
@@ -24,7 +24,7 @@ from probe.records import (
 from probe.sections import attention, inputs, outputs, verification
 from probe.sections.blocks import Comparison, Fact, Facts, Note, Section, Table
 from probe.sections.reasons import ATTENTION, INPUT, OUTPUT, VERIFICATION, section_of
-from records_factory import NO_BRANCHES, NO_PROJECTOR, finding, speech_record, text_record, whisper_record
+from records_factory import NO_PROJECTOR, finding, speech_record, text_record, text_sample, whisper_record
 
 SECTIONS: tuple[Callable[[StepRecord], Section], ...] = (inputs.section, outputs.section, attention.section, verification.section)
 
@@ -176,8 +176,9 @@ def test_output_shows_heads() -> None:
     section = outputs.section(speech_record())
     assert fact(section, "Loss").value == "31.25"
     accuracies = table(section, "Predictions against labels")
-    assert accuracies.rows[0] == ("text_lm_head", "text", "62", "4.587", "48.4 %", "70.0 %", "5.120")
-    assert accuracies.rows[2] == ("", "codebook 0", "800", "6.000", "2.1 %", "9.0 %", "6.200")
+    assert accuracies.rows[0] == ("text_lm_head", "text", "62", "4.587", "48.4 %", "70.0 %", "5.120", "7.1 %", "31.0 %")
+    assert accuracies.rows[1][-2:] == ("2.0 %", "20.0 %")
+    assert accuracies.rows[2] == ("", "codebook 0", "800", "6.000", "2.1 %", "9.0 %", "6.200", "-", "-")
     assert len(accuracies.rows) == 2 + 8
     logits = table(section, "Logits")
     assert logits.rows[1] == (
@@ -187,22 +188,64 @@ def test_output_shows_heads() -> None:
 
 def test_output_compares_first_and_last_ten() -> None:
     """Predicted against label tokens, first and last 10, each marked right or wrong; all where there are no more than 20."""
-    head = whisper_record().heads[0]
+    (sample,) = whisper_record().heads[0].shown
     (comparison,) = [block for block in outputs.section(whisper_record()).blocks if isinstance(block, Comparison)]
     assert [pair.position for pair in comparison.pairs] == [*range(10), *range(27, 37)]
-    assert "first and last 10 of 37" in comparison.title
+    assert "sample 0, first and last 10 of 37" in comparison.title
+    assert not comparison.joined
     for pair in comparison.pairs:
-        assert pair.target == str(head.target[pair.position])
-        assert pair.predicted == str(head.predicted[pair.position])
-        assert pair.correct == (head.target[pair.position] == head.predicted[pair.position])
+        assert pair.target == str(sample.target[pair.position])
+        assert pair.predicted == str(sample.predicted[pair.position])
+        assert pair.correct == (sample.target[pair.position] == sample.predicted[pair.position])
     for count in (1, 20, 21):
-        record = whisper_record(heads=(replace(head, target=tuple(range(count)), predicted=tuple(range(count))),))
+        shown = (HeadSample(0, tuple(range(count)), tuple(range(count))), HeadSample(1, (1,), (2,)))
+        record = whisper_record(heads=(replace(whisper_record().heads[0], shown=shown),))
         (comparison,) = [block for block in outputs.section(record).blocks if isinstance(block, Comparison)]
         assert len(comparison.pairs) == min(count, 20)
         assert ("all" in comparison.title) == (count <= 20)
     section = outputs.section(whisper_record())
     assert fact(section, "Predicted text").value.endswith("fog")
     assert fact(section, "Target text").value.endswith("fox")
+
+
+def test_output_shows_texts_of_several_samples() -> None:
+    """With a tokenizer up to four samples stand as text, predicted over target, each with its hits and its word error rate."""
+    head = replace(whisper_record().heads[0], shown=tuple(text_sample(index) for index in range(6)))
+    section = outputs.section(whisper_record(heads=(head,)))
+    comparisons = [block for block in section.blocks if isinstance(block, Comparison)]
+    assert [block.title for block in comparisons] == [
+        f"proj_out, sample {index}: 3 of 5 text tokens right, word error rate 66.7 % (teacher-forced)" for index in range(4)
+    ]
+    assert [pair.predicted for pair in comparisons[0].pairs if not pair.correct] == [" mold", " doorway"]
+    assert all(block.joined for block in comparisons)
+    assert "Target text" not in page(section)
+    cut = replace(text_sample(0), target=tuple(range(100)), predicted=tuple(range(100)), word_error_rate=None)
+    section = outputs.section(whisper_record(heads=(replace(head, shown=(cut,)),)))
+    (comparison,) = [block for block in section.blocks if isinstance(block, Comparison)]
+    assert comparison.title == "proj_out, sample 0: 100 of 100 text tokens right, the first 5 tokens"
+
+
+@pytest.mark.parametrize(
+    ("share", "labelled", "tone"), [(0.93, 62, "warning"), (0.5, 20, "warning"), (0.49, 62, "plain"), (0.9, 19, "plain")]
+)
+def test_output_names_the_most_frequent_prediction(share: float, labelled: int, tone: str) -> None:
+    """What a head predicts most is named, as a warning where it is most of what it predicts; a codebook's stands in the table only."""
+    head = whisper_record().heads[0]
+    head = replace(head, accuracy=replace(head.accuracy, top_token_share=share, labelled=labelled))
+    shown = fact(outputs.section(whisper_record(heads=(head,))), "proj_out most frequent prediction")
+    assert (shown.value, shown.tone) == (f"' and' at {100 * share:.1f} % of the labelled positions", tone)
+    shown = fact(outputs.section(whisper_record(heads=(replace(head, top_token_text=None),))), "proj_out most frequent prediction")
+    assert shown.value.startswith("token 290 at")
+    assert "audio_lm_head most frequent" not in page(outputs.section(speech_record()))
+    unknown = replace(head, accuracy=replace(head.accuracy, top_token_share=None))
+    assert "most frequent prediction" not in page(outputs.section(whisper_record(heads=(unknown,))))
+
+
+def test_output_says_what_numbers_rest_on() -> None:
+    """A head that the model did without says on how many positions it was evaluated."""
+    head = replace(whisper_record().heads[0], evaluated="256 sampled of 1,000 labelled positions: fused", shown=())
+    assert fact(outputs.section(whisper_record(heads=(head,))), "proj_out numbers").value == head.evaluated
+    assert "proj_out numbers" not in page(outputs.section(whisper_record()))
 
 
 def test_output_says_what_is_missing() -> None:
@@ -214,56 +257,6 @@ def test_output_says_what_is_missing() -> None:
     section = outputs.section(text_record(heads=(head,), not_measured={"probe/text/loss": "the batch has no labels"}))
     assert fact(section, "lm_head").value == "not measured: the batch has no labels"
     assert Note("lm_head: 3 logits NaN or Inf", "warning") in section.blocks
-
-
-def test_attention_shows_every_layer_of_a_small_model() -> None:
-    """Up to twelve layers of a kind each have a row, under the number that tells them apart."""
-    section = attention.section(whisper_record())
-    cross = table(section, "Cross-attention")
-    assert column(cross, "layer") == ["mean of 4", "0", "1", "2", "3"]
-    assert cross.rows[0][1:3] == ("0.930", "6.81")
-    assert cross.rows[2] == ("1", "0.791", "3.56", "100 %", "5.0 %", "0 %")
-    assert cross.caption.startswith("model.decoder.layers.*.encoder_attn: 6 heads, 1,500 keys, 128 rows in 2 calls")
-    assert cross.caption.endswith("recomputed from q and k")
-    assert column(table(section, "Encoder self-attention"), "layer") == ["0", "1", "2", "3"]
-    assert fact(section, "text → audio").value == "100 % of the probability"
-    assert fact(section, "Entropy").value == "0.812 of uniform, 4.02 nats"
-    assert fact(section, "Dual feed-forward").value == f"not measured: {NO_BRANCHES}"
-
-
-def test_attention_of_many_layers_is_summarised() -> None:
-    """Of 64 layers those stand out that are extreme; an independent look finds the same."""
-    rng = random.Random(3)
-    layers = tuple(
-        Attention(f"layers.{index}.attn", "joint", "materialised softmax", 1, 8, 100, 64, rng.random(), rng.random(), rng.random(), None,
-                  None, rng.random(), rng.random())
-        for index in range(64)
-    )  # fmt: skip
-    section = attention.section(text_record(attention=layers, metrics={"probe/attention/joint/entropy": 0.5}))
-    joint = table(section, "Joint attention")
-    shown = dict(zip(column(joint, "layer"), column(joint, "shown as")))
-    assert joint.footer == "64 layers, every one in the record"
-    for words, what, best in (
-        ("lowest entropy", "entropy", min),
-        ("highest entropy", "entropy", max),
-        ("most on first token", "first_token", max),
-        ("least text → audio", "text_to_audio", min),
-        ("most text → audio", "text_to_audio", max),
-    ):
-        values = [getattr(layer, what) for layer in layers]
-        assert words in shown[str(values.index(best(values)))]
-    assert shown["mean of 64"] == ""
-    assert len(shown) <= 6
-    assert "padding" not in [column.name for column in joint.columns]
-
-
-def test_attention_of_layers_without_common_name() -> None:
-    """Layers that no number tells apart keep their full names; one with next to nothing measured still has its row."""
-    layers = (Attention("a.attn", "decoder", "x", 1), Attention("b.2.attn", "decoder", "y", 0, entropy=0.5))
-    rows = table(attention.section(text_record(attention=layers)), "Decoder")
-    assert column(rows, "layer") == ["a.attn", "b.2.attn"]
-    assert column(rows, "entropy") == ["-", "0.500"]
-    assert "0 … 1 calls a layer; x, y" in rows.caption
 
 
 def test_branches() -> None:
@@ -327,25 +320,6 @@ def test_verification_shows_findings_first() -> None:
     assert section.blocks[0] == Note(
         "warning, encoder-frozen at model.encoder, since step 1: no parameter of the encoder trains", "warning"
     )
-
-
-def test_metrics_missing_for_one_reason_are_said_once() -> None:
-    """Of many metrics that lack for the same reason one line is made, and none is forgotten that lacks for another."""
-    reason = "the decoder reads the audio through cross-attention"
-    names = ("text_to_audio", "audio_to_text", "text_to_text", "audio_to_audio")
-    record = whisper_record(
-        metrics={"probe/attention/entropy": 0.5},
-        not_measured={
-            **{f"probe/attention/{name}": reason for name in names},
-            "probe/attention/padding": "no mask",
-            "probe/attention/cross/padding": "no mask of the encoder",
-        },
-    )
-    section = attention.section(record)
-    assert page(section).count(reason) == 1
-    assert fact(section, "text → audio and 3 more").value == f"not measured: {reason}"
-    assert fact(section, "padding").value == "not measured: no mask"
-    assert fact(section, "probe/attention/cross/padding").value == "not measured: no mask of the encoder"
 
 
 def test_a_head_without_a_labelled_position() -> None:

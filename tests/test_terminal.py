@@ -89,7 +89,7 @@ def test_wide_output_is_a_table_narrow_output_is_stacked(terminal: Any) -> None:
     wide, narrow = terminal(120), terminal(80)
     TerminalSink(file=narrow).show(sections(whisper_record()))
     assert "shape [2, 80, 3000] · dtype float32 · range -1.5 … 1.812" in CODES.sub("", narrow.getvalue())
-    assert re.search(r"layer +entropy +nats +text → audio", CODES.sub("", narrow.getvalue()))
+    assert re.search(r"layer +entropy +eff\. keys +top", CODES.sub("", narrow.getvalue()))
     wide = terminal(120)
     TerminalSink(file=wide).show(sections(whisper_record()))
     assert re.search(r"input_features +\[2, 80, 3000\] +float32 +-1.5 … 1.812", CODES.sub("", wide.getvalue()))
@@ -151,6 +151,32 @@ def test_wrong_tokens_stand_out(terminal: Any) -> None:
         predicted, marks = text.splitlines()[4:6]
         start = predicted.index("2345")
         assert marks == " " * start + "^^^^"
+
+
+PIECES = (("the", "the"), (" qu\n", " qu\n"), (" 你", " box"), (" fox", ""), (" jumps", " jump"))
+
+
+def test_texts_stand_below_each_other(terminal: Any) -> None:
+    """Pieces of text read on, each below its target, whatever their width; a "^" stands below each wrong one where there is no colour."""
+    pairs = tuple(TokenPair(position, *pair, pair[0] == pair[1]) for position, pair in enumerate(PIECES))
+    target, predicted, marks = shown(io.StringIO(), Comparison("text", pairs, joined=True)).splitlines()[2:5]
+    assert target == "   target     the qu\\n 你  fox jumps"
+    assert predicted == "   predicted  the qu\\n box     jump"
+    assert marks == "                       ^^^^    ^^^^"
+    coloured = shown(terminal(120), Comparison("text", pairs, joined=True))
+    assert "\x1b[1;4;31m box\x1b[0m" in coloured
+    assert "^" not in coloured
+
+
+def test_texts_break_into_lines(terminal: Any) -> None:
+    """A text that is wider than the terminal goes on in further lines, and loses no piece."""
+    pairs = tuple(TokenPair(position, f" {position:03}", f" {position:03}", True) for position in range(60))
+    text = CODES.sub("", shown(terminal(80), Comparison("text", pairs, joined=True)))
+    for head in ("target", "predicted"):
+        found = [line for line in text.splitlines() if line.strip().startswith(head)]
+        assert len(found) > 2
+        assert all(cell_len(line) <= 80 for line in found)
+        assert "".join(line.strip().removeprefix(head) for line in found).split() == [f"{position:03}" for position in range(60)]
 
 
 def test_tokens_break_into_lines(terminal: Any) -> None:

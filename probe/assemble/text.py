@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import groupby
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 FOLD = 8
 """A token repeated at least this often in a row is written once, with its count (audio placeholders come by the hundred)."""
@@ -23,17 +25,47 @@ class Decoder:
 
     def text(self, ids: Sequence[int]) -> str | None:
         """Return the text of ids; ``None`` if there is no tokenizer that works (``reason`` says why)."""
+        return self._tried(lambda: "".join(self._parts(list(ids))))
+
+    def plain(self, ids: Sequence[int]) -> str | None:
+        """Return the text of ids without special tokens and without ids that the tokenizer does not know; ``None`` as :meth:`text`."""
+        return self._tried(lambda: self._decode([token for token in ids if self._knows(token)], skip=True))
+
+    def pieces(self, ids: Sequence[int], *, after: Sequence[int]) -> tuple[str, ...]:
+        """Return the text of each id as it stands after the id before it; ``()`` if there is no tokenizer that works.
+
+        Args:
+            ids: Position by position.
+            after: The ids that were there before: the one before position i is ``after[i - 1]``.
+        """
+        pairs = zip((None, *after), ids)
+        return self._tried(lambda: tuple(self._piece(before, token) for before, token in pairs)) or ()
+
+    def _tried(self, make: Callable[[], T]) -> T | None:
         if self._tokenizer is None:
             return None
         try:
-            return "".join(self._pieces(list(ids)))
+            return make()
         except Exception as error:  # a user's tokenizer may raise anything
             self.reason = f"the tokenizer cannot decode ({type(error).__name__}: {error}); ids are shown instead"
             self._tokenizer = None
             self._say(self.reason)
             return None
 
-    def _pieces(self, ids: list[int]) -> Iterator[str]:
+    def _piece(self, before: int | None, token: int) -> str:
+        """Decode one id. Alone, many tokenizers drop the space that it begins with, hence with the one before, which is taken off again."""
+        if not self._knows(token):
+            return f"[id {token}]"
+        if before is None or not self._knows(before):
+            return self._decode([token])
+        first, both = self._decode([before]), self._decode([before, token])
+        return both[len(first) :] if both.startswith(first) else self._decode([token])
+
+    def _knows(self, token: int) -> bool:
+        known = self._vocabulary()
+        return token >= 0 and (known is None or token < known)
+
+    def _parts(self, ids: list[int]) -> Iterator[str]:
         known = self._vocabulary()
         position = 0
         plain: list[int] = []
@@ -55,11 +87,11 @@ class Decoder:
         places = f"position {position}" if length == 1 else f"positions {position} to {position + length - 1}"
         return f"[id {token} at {places} is outside the tokenizer's {known} tokens]"
 
-    def _decode(self, ids: list[int]) -> str:
+    def _decode(self, ids: list[int], *, skip: bool = False) -> str:
         assert self._tokenizer is not None
         if not ids:
             return ""
-        return str(self._tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+        return str(self._tokenizer.decode(ids, skip_special_tokens=skip, clean_up_tokenization_spaces=False))
 
     def _vocabulary(self) -> int | None:
         try:

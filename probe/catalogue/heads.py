@@ -41,6 +41,38 @@ def head_metrics(modality: str, tokens: str) -> tuple[Metric, ...]:
             "of the vocabulary.",
             "Shannon (1948): H = -Σ p ln p",
         ),
+        Metric(
+            f"{area}/calibration_error",
+            "share",
+            SHARE,
+            f"Expected calibration error of the predictions at labelled {tokens}: in 15 equal bins of the largest probability, the "
+            "distance between its mean and the share of hits, weighted by what is in the bin. 0: as certain as it is right.",
+            "Guo et al. (2017), arXiv:1706.04599, equation 3: Σ_b |correct_b - confidence_b| ÷ labelled",
+        ),
+        Metric(
+            f"{area}/top_token_share",
+            "share",
+            SHARE,
+            f"Share of labelled {tokens} at which the most frequent prediction was made. Near 1: the head predicts one token whatever "
+            "it is given (collapse). Over several ranks, each rank's own most frequent prediction; over several codebooks, each "
+            "codebook's.",
+            "largest count of argmax ÷ labelled tokens",
+        ),
+        *(_word_metrics() if modality == "text" else ()),
+    )
+
+
+def _word_metrics() -> tuple[Metric, ...]:
+    return (
+        Metric(
+            "probe/text/word_error_rate",
+            "share",
+            POSITIVE,
+            "Substituted, inserted and deleted words ÷ words of the target; mean over the first samples (up to 8, at most 512 labelled "
+            "tokens of each) of this rank's first micro-batch. Teacher-forced: every token was predicted from the right ones before it, so "
+            "it is better than what generating gives. Without special tokens; case and punctuation count. Needs jiwer.",
+            "jiwer.wer",
+        ),
     )
 
 
@@ -60,5 +92,19 @@ def codebook_metrics() -> tuple[Metric, ...]:
             SHARE,
             "As `probe/audio/token_accuracy`, for one codebook.",
             "argmax of the logits against the aligned labels",
+        ),
+        Metric(
+            "probe/audio/codebook_K/calibration_error",
+            "share",
+            SHARE,
+            "As `probe/audio/calibration_error`, for one codebook.",
+            "Guo et al. (2017), arXiv:1706.04599, equation 3",
+        ),
+        Metric(
+            "probe/audio/codebook_K/top_token_share",
+            "share",
+            SHARE,
+            "Share of the codebook's labelled tokens at which its most frequent prediction was made; over several ranks, each rank's own.",
+            "largest count of argmax ÷ labelled tokens",
         ),
     )

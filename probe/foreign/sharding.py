@@ -15,3 +15,14 @@ _MARKS = ("_is_flat_param", "_fsdp_flattened", "ds_id")
 def is_sharded(parameter: Tensor) -> bool:
     """Tell whether a parameter is a share of a larger one that other ranks hold the rest of."""
     return any(c.__name__ == "DTensor" for c in type(parameter).__mro__) or any(hasattr(parameter, mark) for mark in _MARKS)
+
+
+def is_whole(parameter: Tensor) -> bool:
+    """Tell whether a parameter can be computed with here and now: it is all there, be it only while a forward has gathered it.
+
+    FSDP2 puts plain tensors in the place of DTensors while gathered; FSDP1's gathered weights have their own shape, its shares are
+    vectors; ZeRO-3's are empty unless gathered.
+    """
+    if any(c.__name__ == "DTensor" for c in type(parameter).__mro__):
+        return False
+    return parameter.numel() > 0 and (parameter.dim() > 1 or not is_sharded(parameter))

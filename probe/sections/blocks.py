@@ -51,7 +51,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
-    """A predicted token beside its target; ``position`` counts labelled positions of the sample from 0."""
+    """A predicted token beside its target, as ids or as text; ``position`` counts labelled positions of the sample from 0."""
 
     position: int
     target: str
@@ -61,10 +61,11 @@ class TokenPair:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Predicted against target tokens, in order; a jump in ``position`` is a gap."""
+    """Predicted against target tokens, in order; a jump in ``position`` is a gap. ``joined``: pieces of a text, which read on."""
 
     title: str
     pairs: tuple[TokenPair, ...]
+    joined: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from probe.records import Accuracy, Head, StepRecord
-from probe.sections.blocks import Block, Column, Comparison, Fact, Facts, Note, Section, Table, TokenPair
+from probe.sections.blocks import Block, Column, Fact, Facts, Note, Section, Table
 from probe.sections.loss_audit import loss_audit_blocks
-from probe.sections.numbers import MISSING, counted, dtype, fixed, interval, number, passage, shape, share
+from probe.sections.numbers import MISSING, counted, dtype, fixed, interval, number, shape, share
 from probe.sections.reasons import OUTPUT, Reasons
+from probe.sections.tokens import tokens
 
-_ENDS = 10
 _SHOWN_CODEBOOKS = 16
-_CHARACTERS = 480
 
 
 def section(record: StepRecord) -> Section:
@@ -28,7 +27,7 @@ def section(record: StepRecord) -> Section:
             Note(f"{_name(head)}: {counted(head.nonfinite, 'logit')} NaN or Inf", "warning") for head in record.heads if head.nonfinite
         ]
         for head in record.heads:
-            blocks += _tokens(head, reasons)
+            blocks += tokens(head, _name(head), reasons)
     else:
         blocks.append(Facts((Fact("LM heads", reasons.missing("lm_head", "heads", "head"), "missing"),)))
     blocks += loss_audit_blocks(record, reasons)
@@ -44,6 +43,8 @@ def _accuracies(heads: tuple[Head, ...]) -> Table:
         Column("accuracy", True),
         Column("top 5", True),
         Column("entropy, nats", True),
+        Column("calibration error", True),
+        Column("most frequent", True),
     )
     rows: list[tuple[str, ...]] = []
     left = 0
@@ -57,13 +58,15 @@ def _accuracies(heads: tuple[Head, ...]) -> Table:
 
 def _numbers(accuracy: Accuracy | None) -> tuple[str, ...]:
     if accuracy is None:
-        return (MISSING,) * 5
+        return (MISSING,) * 7
     return (
         f"{accuracy.labelled:,}",
         fixed(accuracy.loss),
         share(accuracy.token_accuracy),
         share(accuracy.top5_accuracy),
         fixed(accuracy.entropy),
+        share(accuracy.calibration_error),
+        share(accuracy.top_token_share),
     )
 
 
@@ -98,29 +101,3 @@ def _logits(heads: tuple[Head, ...]) -> Table:
 
 def _name(head: Head) -> str:
     return head.site or "(the model itself)"
-
-
-def _tokens(head: Head, reasons: Reasons) -> list[Block]:
-    keys = (f"head:{head.site}", f"lm_head:{head.site}", f"lm_head/{head.site}", f"head/{head.site}")
-    if head.accuracy is None or not head.accuracy.labelled:
-        why = reasons.missing(*keys, f"probe/{head.modality}/loss", f"probe/{head.modality}/token_accuracy", f"probe/{head.modality}")
-        return [Facts((Fact(_name(head), why, "missing"),))]
-    blocks: list[Block] = []
-    pairs = tuple(
-        TokenPair(position, str(target), str(predicted), target == predicted)
-        for position, (target, predicted) in enumerate(zip(head.target, head.predicted))
-    )
-    if pairs:
-        shown = pairs if len(pairs) <= 2 * _ENDS else (*pairs[:_ENDS], *pairs[-_ENDS:])
-        which = f"all {len(pairs)}" if len(shown) == len(pairs) else f"first and last {_ENDS} of {len(pairs):,}"
-        blocks.append(Comparison(f"{_name(head)}: {head.modality} tokens of sample 0, {which} labelled", shown))
-    elif reasons.known(*keys):
-        blocks.append(Facts((Fact(f"{_name(head)} tokens", reasons.missing(*keys), "missing"),)))
-    texts = [
-        Fact(label, passage(text, _CHARACTERS))
-        for label, text in (("Target text", head.target_text), ("Predicted text", head.predicted_text))
-        if text is not None
-    ]
-    if texts:
-        blocks.append(Facts(tuple(texts)))
-    return blocks

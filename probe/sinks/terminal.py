@@ -156,7 +156,7 @@ class _Page:
         if isinstance(block, Table):
             return self._titled(block.title, block.caption, self._table(block), *([self.text(block.footer, "dim")] if block.footer else []))
         if isinstance(block, Comparison):
-            return self._titled(block.title, "", *self._comparison(block.pairs))
+            return self._titled(block.title, "", *(self._passage(block.pairs) if block.joined else self._comparison(block.pairs)))
         return self.text(block.text, _STYLES[block.tone])
 
     def _titled(self, title: str, caption: str, *content: RenderableType) -> RenderableType:
@@ -225,6 +225,26 @@ class _Page:
             wrong = any(not pair.correct for pair, _ in chunk)
             lines += texts if wrong and not self._coloured else texts[:3]
         return lines
+
+    def _passage(self, pairs: Sequence[TokenPair]) -> list[RenderableType]:
+        """Lay pieces of text out as text, each over its target, as many lines as the width asks for; without colours "^" marks errors."""
+        rows: list[list[Text]] = []
+        for pair in pairs:
+            cells = [self.text(pair.target, "dim"), self.text(pair.predicted, "" if pair.correct else _WRONG)]
+            mark = "" if pair.correct else _mark(cells[1].plain, cells[1].cell_len)
+            cells.append(self.text(mark, "bold"))
+            width = max(cell.cell_len for cell in cells)
+            if not rows or rows[-1][0].cell_len + width > self._width - 2 * _INDENT:
+                rows.append([Text(f"{head:<11}", "cyan") for head in ("target", "predicted", "")])
+            for text, cell in zip(rows[-1], cells):
+                text.append_text(cell).append(" " * (width - cell.cell_len))
+        return [line for row in rows for line in (row[:2] if self._coloured or "^" not in row[2].plain else row)]
+
+
+def _mark(piece: str, width: int) -> str:
+    """Return "^" below a piece of text, but for the spaces that it begins with; one even if there is nothing else."""
+    spaces = min(len(piece) - len(piece.lstrip(" ")), max(width - 1, 0))
+    return " " * spaces + "^" * max(width - spaces, 1)
 
 
 def _cells(text: Text) -> int:

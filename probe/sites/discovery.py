@@ -17,6 +17,7 @@ from probe.sites.branches import NO_BRANCHES, find_branches
 from probe.sites.choices import nearest, resolve_choice
 from probe.sites.encoders import find_encoders, why_no_encoder
 from probe.sites.facts import ModelFacts, core_model, read_facts
+from probe.sites.feeders import find_feeders
 from probe.sites.heads import CTC, NO_HEAD, ctc_heads, find_heads, head_site
 from probe.sites.names import ModuleNames, class_name, module_names
 from probe.sites.projectors import find_projectors, why_no_projector
@@ -77,6 +78,7 @@ class Discovery:
         modules: Site name to the module that runs under it; "" is the model itself.
         facts: What the model says of itself.
         watched: Name to module of what is no site and yet watched, for the sake of its arguments or its output.
+        feeders: By LM head, the name (of a site or of what is watched) of the module whose output goes into it, where that is known.
         mask_takers: Names, of sites or of what is watched, of the modules that are given masks of the tokens that are audio.
     """
 
@@ -85,6 +87,7 @@ class Discovery:
     facts: ModelFacts
     watched: Mapping[str, nn.Module] = field(default_factory=dict)
     mask_takers: tuple[str, ...] = ()
+    feeders: Mapping[str, str] = field(default_factory=dict)
 
 
 def discover(model: nn.Module, *, choices: SiteChoices = "auto") -> Discovery:
@@ -112,8 +115,9 @@ def discover(model: nn.Module, *, choices: SiteChoices = "auto") -> Discovery:
     missing = search.missing(sites)
     modules = {"": model, **{site.name: search.names.by_name[site.name] for site in sites}}
     takers = mask_takers(search.names, sites)
-    watched = {name: search.names.by_name[name] for name in takers if name not in modules}
-    return Discovery(SiteMap((root, *sites), missing), modules, search.facts, watched, takers)
+    feeders = find_feeders(search.names, [site for site in sites if site.role == "lm_head"])
+    watched = {name: search.names.by_name[name] for name in (*takers, *feeders.values()) if name not in modules}
+    return Discovery(SiteMap((root, *sites), missing), modules, search.facts, watched, takers, feeders)
 
 
 @dataclass(frozen=True, slots=True)

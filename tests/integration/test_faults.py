@@ -346,7 +346,7 @@ def test_keep_text_false_keeps_the_data_out(capsys: pytest.CaptureFixture[str]) 
     (record,) = records(result)
     assert record.inputs.shown == ()
     assert all(tensor.first_values == () for tensor in record.inputs.tensors)
-    assert all(head.predicted == () and head.target_text is None for head in record.heads)
+    assert all(head.shown == () and head.accuracy.top_token is None and head.top_token_text is None for head in record.heads)
     assert "keep_text=False" in record.not_measured["inputs/text"]
     assert "<s>" not in capsys.readouterr().out
 

@@ -97,14 +97,20 @@ def check_head(head: Head, pairs: list[tuple[Tensor, Tensor]], record: StepRecor
     books = pairs[0][1].shape[1] if pairs[0][1].dim() == 2 else 0
     whole = reference([(logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)) for logits, labels in pairs])
     assert whole["labelled"] > 4
-    for found in (vars_of(head.accuracy), {what: record.metrics[f"probe/{head.modality}/{what}"] for what in whole if what != "labelled"}):
+    if books:  # each codebook has its own most frequent prediction
+        ones = [reference([(logits[:, k], labels[:, k]) for logits, labels in pairs]) for k in range(books)]
+        whole["top_token_share"] = sum(one["top_token_share"] * one["labelled"] for one in ones) / whole["labelled"]
+        assert head.accuracy.top_token is None
+        del whole["top_token"]
+    metrics = {what: record.metrics[f"probe/{head.modality}/{what}"] for what in whole if what not in ("labelled", "top_token")}
+    for found in ({what: value for what, value in vars_of(head.accuracy).items() if value is not None}, metrics):
         assert found == pytest.approx({what: whole[what] for what in found}, rel=1e-5)
     assert len(head.codebooks) == books
     for k, row in enumerate(head.codebooks):
         one = reference([(logits[:, k], labels[:, k]) for logits, labels in pairs])
         assert vars_of(row) == pytest.approx(one, rel=1e-5)
-        assert record.metrics[f"probe/audio/codebook_{k}/loss"] == pytest.approx(one["loss"], rel=1e-5)
-        assert record.metrics[f"probe/audio/codebook_{k}/token_accuracy"] == pytest.approx(one["token_accuracy"])
+        for what in ("loss", "token_accuracy", "calibration_error", "top_token_share"):
+            assert record.metrics[f"probe/audio/codebook_{k}/{what}"] == pytest.approx(one[what], rel=1e-5)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -397,19 +403,25 @@ def test_capture_statistics_are_those_of_the_kept_tensor() -> None:
     assert checked == ["lm_head"] * 2
 
 
-def reference(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float]:
+def reference(pairs: Sequence[tuple[Tensor, Tensor]]) -> dict[str, float | None]:
     """Score (N, V) logits against (N,) labels in float64."""
-    sums = {"labelled": 0.0, "loss": 0.0, "token_accuracy": 0.0, "top5_accuracy": 0.0, "entropy": 0.0}
-    for logits, labels in pairs:
-        kept = labels != -100
-        log_p = logits[kept].double().log_softmax(-1)
-        label = labels[kept][:, None]
-        sums["labelled"] += int(kept.sum())
-        sums["loss"] -= float(log_p.gather(1, label).sum())
-        sums["token_accuracy"] += int((log_p.argmax(-1, keepdim=True) == label).sum())
-        sums["top5_accuracy"] += int((log_p.topk(5).indices == label).sum())
-        sums["entropy"] -= float((log_p.exp() * log_p).sum())
-    return {what: value if what == "labelled" else value / sums["labelled"] for what, value in sums.items()}
+    log_p = torch.cat([logits[labels != -100].double().log_softmax(-1) for logits, labels in pairs])
+    label = torch.cat([labels[labels != -100] for _, labels in pairs])[:, None]
+    confidence, predicted = log_p.exp().max(-1)
+    correct = predicted == label.squeeze(-1)
+    counts = predicted.bincount()
+    bins = (confidence * 15).ceil()
+    gaps = [abs(float((correct[bins == m].double() - confidence[bins == m]).sum())) for m in range(1, 16)]
+    return {
+        "labelled": len(label),
+        "loss": -float(log_p.gather(1, label).mean()),
+        "token_accuracy": float(correct.double().mean()),
+        "top5_accuracy": float((log_p.topk(5).indices == label).any(-1).double().mean()),
+        "entropy": -float((log_p.exp() * log_p).sum(-1).mean()),
+        "calibration_error": sum(gaps) / len(label),
+        "top_token_share": int(counts.max()) / len(label),
+        "top_token": int(counts.argmax()),
+    }
 
 
 def laid_over(case: Case, model: nn.Module, head: str, batch: Any) -> tuple[Tensor, Tensor] | None:

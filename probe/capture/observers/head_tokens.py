@@ -40,13 +40,14 @@ class TopTokens:
         known = self._counts.get((site, codebook))
         self._counts[site, codebook] = counts if known is None else known + counts.to(known.device, non_blocking=True)
 
-    def finish(self, buffer: StepBuffer) -> None:
-        """Add the largest count of each to its cell (and to that of the whole head), keep which token it is, and free the counts."""
+    def finish(self, buffer: StepBuffer, *, keep: bool) -> None:
+        """Add the largest count of each to its cell (and to that of the whole head), ``keep`` which token it is, and free the counts."""
         for (site, codebook), counts in self._counts.items():
             most = named_sums(counts.device, top_token=counts.max())
             for name in {head_cell(site, codebook), head_cell(site)}:
                 buffer.totals.add(name, sums=most)
-            buffer.put(f"top_token:{head_cell(site, codebook)}", counts.argmax().reshape(1))
+            if keep:
+                buffer.put(f"top_token:{head_cell(site, codebook)}", counts.argmax().reshape(1))
         for nbytes in self._bytes.values():
             buffer.release(nbytes)
         self.clear()
