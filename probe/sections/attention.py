@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from probe.records import Attention, AttentionKind, Branches, StepRecord
@@ -21,10 +22,42 @@ _KINDS: tuple[tuple[AttentionKind, str], ...] = (
 _MASSES = (
     ("text → audio", "text_to_audio"),
     ("audio → text", "audio_to_text"),
+    ("text → reference", "text_to_reference"),
     ("text → text", "text_to_text"),
     ("audio → audio", "audio_to_audio"),
+    ("audio → reference", "audio_to_reference"),
     ("first token", "first_token"),
     ("padding", "padding"),
+    ("learned sink", "sink"),
+)
+_WALKS = (("monotonicity", "monotonicity"), ("coverage", "coverage"))
+
+
+@dataclass(frozen=True, slots=True)
+class _Quantity:
+    """One column of a table of layers: its head, the field, how it is written, and the kinds that it tells something of."""
+
+    head: str
+    what: str
+    write: Callable[[float | None], str]
+    kinds: tuple[AttentionKind, ...] = ("joint", "cross", "decoder", "encoder")
+
+
+# What a person needs to see of a layer, within 120 columns; all the rest is in the record.
+_QUANTITIES = (
+    _Quantity("entropy", "entropy", fixed),
+    _Quantity("eff. keys", "effective_keys", lambda value: fixed(value, 1)),
+    _Quantity("top", "top", share, ("cross", "decoder", "encoder")),
+    _Quantity("band", "band", share, ("cross", "decoder", "encoder")),
+    _Quantity("distance", "distance", lambda value: fixed(value, 1), ("decoder", "encoder")),
+    _Quantity("text→audio", "text_to_audio", share, ("joint",)),
+    _Quantity("audio→text", "audio_to_text", share, ("joint",)),
+    _Quantity("text→ref", "text_to_reference", share, ("joint",)),
+    _Quantity("monotone", "monotonicity", lambda value: fixed(value, 2), ("joint", "cross")),
+    _Quantity("coverage", "coverage", share, ("joint", "cross")),
+    _Quantity("first key", "first_token", share),
+    _Quantity("padding", "padding", share),
+    _Quantity("sink", "sink", share),
 )
 _EXTREMES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("lowest entropy", "entropy", min),
@@ -33,6 +66,8 @@ _EXTREMES: tuple[tuple[str, str, Callable[..., Any]], ...] = (
     ("most on padding", "padding", max),
     ("least text → audio", "text_to_audio", min),
     ("most text → audio", "text_to_audio", max),
+    ("least monotone", "monotonicity", min),
+    ("least coverage", "coverage", min),
 )
 
 
@@ -54,41 +89,49 @@ def section(record: StepRecord) -> Section:
 
 def _overall(record: StepRecord, reasons: Reasons) -> Facts:
     metrics = record.metrics
-    entropy, nats = metrics.get("probe/attention/entropy"), metrics.get("probe/attention/entropy_nats")
-    words = None if entropy is None else f"{fixed(entropy)} of uniform" + ("" if nats is None else f", {fixed(nats, 2)} nats")
-    rows = [reasons.fact("Entropy", words, "probe/attention/entropy")]
+    rows = [reasons.fact("Entropy", _concentration(metrics), "probe/attention/entropy")]
     for label, what in _MASSES:
         name = f"probe/attention/{what}"
         if name in metrics:
             rows.append(Fact(label, f"{share(metrics[name])} of the probability"))
+    if "probe/attention/monotonicity" in metrics:
+        rows.append(Fact("monotonicity", f"{fixed(metrics['probe/attention/monotonicity'], 2)} (text rows over audio, -1 … 1)"))
+    if "probe/attention/coverage" in metrics:
+        rows.append(Fact("coverage", f"{share(metrics['probe/attention/coverage'])} of the audio that text rows can see"))
     missing = record.not_measured
-    absent = {what: missing[f"probe/attention/{what}"] for _, what in _MASSES if f"probe/attention/{what}" in missing}
-    for reason in dict.fromkeys(absent.values()):
-        labels = [label for label, what in _MASSES if absent.get(what) == reason]
-        first = next(what for what, why in absent.items() if why == reason)
-        more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-        rows.append(Fact(f"{labels[0]}{more}", reasons.missing(f"probe/attention/{first}"), "missing"))
+    labels = {f"probe/attention/{what}": label for label, what in (*_MASSES, *_WALKS) if f"probe/attention/{what}" in missing}
+    for reason in dict.fromkeys(missing[name] for name in labels):
+        alike = [name for name in labels if missing[name] == reason]
+        more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
+        rows.append(Fact(f"{labels[alike[0]]}{more}", reasons.missing(alike[0]), "missing"))
     return Facts(tuple(rows), f"Mean over {counted(len(record.attention), 'layer')}, before dropout")
 
 
+def _concentration(metrics: dict[str, float]) -> str | None:
+    entropy, nats, alike = (metrics.get(f"probe/attention/{what}") for what in ("entropy", "entropy_nats", "effective_keys"))
+    if entropy is None:
+        return None
+    keys = "" if alike is None else f", {fixed(alike, 1)} effective keys"
+    return f"{fixed(entropy)} of uniform{'' if nats is None else f', {fixed(nats, 2)} nats'}{keys}"
+
+
 def _table(title: str, kind: AttentionKind, layers: list[Attention], metrics: dict[str, float]) -> Table:
-    masses = [(label, what) for label, what in _MASSES if any(getattr(layer, what) is not None for layer in layers)]
+    shown = [quantity for quantity in _QUANTITIES if kind in quantity.kinds and _tells(quantity.what, layers)]
     summarised = len(layers) > _SHOWN_LAYERS
     pattern, names = _short_names([layer.site for layer in layers])
     columns = (
         Column("layer"),
-        Column("entropy", True),
-        Column("nats", True),
-        *(Column(label, True) for label, _ in masses),
+        *(Column(quantity.head, True) for quantity in shown),
         *((Column("shown as", flexible=True),) if summarised else ()),
     )
     rows: list[tuple[str, ...]] = []
     if len(layers) > 1 and f"probe/attention/{kind}/entropy" in metrics:
-        rows.append(_mean_row(kind, len(layers), metrics, masses) + (("",) if summarised else ()))
+        means = [quantity.write(metrics.get(f"probe/attention/{kind}/{quantity.what}")) for quantity in shown]
+        rows.append((f"mean of {len(layers)}", *means, *(("",) if summarised else ())))
     if summarised:
-        rows += [(*_row(name, layer, masses), ", ".join(why)) for name, layer, why in _extremes(names, layers)]
+        rows += [(*_row(name, layer, shown), ", ".join(why)) for name, layer, why in _extremes(names, layers)]
     else:
-        rows += [_row(name, layer, masses) for name, layer in zip(names, layers)]
+        rows += [_row(name, layer, shown) for name, layer in zip(names, layers)]
     footer = f"{counted(len(layers), 'layer')}, every one in the record" if summarised else ""
     heads, keys, rows_seen, calls = (
         span((getattr(layer, f"{noun}s") for layer in layers), noun) for noun in ("head", "key", "row", "call")
@@ -98,18 +141,14 @@ def _table(title: str, kind: AttentionKind, layers: list[Attention], metrics: di
     return Table(title, columns, tuple(rows), f"{pattern}: {about}; {how}", footer)
 
 
-def _row(name: str, layer: Attention, masses: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    return (name, fixed(layer.entropy), fixed(layer.entropy_nats, 2), *(share(getattr(layer, what)) for _, what in masses))
+def _tells(what: str, layers: Sequence[Attention]) -> bool:
+    """Tell whether a column says something: entropy always, another if it was measured; that nothing is on padding is said once, above."""
+    values = [getattr(layer, what) for layer in layers]
+    return what == "entropy" or any(value if what == "padding" else value is not None for value in values)
 
 
-def _mean_row(kind: AttentionKind, layers: int, metrics: dict[str, float], masses: Sequence[tuple[str, str]]) -> tuple[str, ...]:
-    area = f"probe/attention/{kind}"
-    return (
-        f"mean of {layers}",
-        fixed(metrics.get(f"{area}/entropy")),
-        fixed(metrics.get(f"{area}/entropy_nats"), 2),
-        *(share(metrics.get(f"{area}/{what}")) for _, what in masses),
-    )
+def _row(name: str, layer: Attention, shown: Sequence[_Quantity]) -> tuple[str, ...]:
+    return (name, *(quantity.write(getattr(layer, quantity.what)) for quantity in shown))
 
 
 def _extremes(names: Sequence[str], layers: Sequence[Attention]) -> list[tuple[str, Attention, list[str]]]:
@@ -127,7 +166,7 @@ def _extremes(names: Sequence[str], layers: Sequence[Attention]) -> list[tuple[s
 def _short_names(sites: Sequence[str]) -> tuple[str, list[str]]:
     """Return what the names have in common, with "*" for the layer's number, and the numbers; all names where they differ otherwise."""
     split = [re.split(r"(?<=\.)(\d+)(?=\.|$)", site, maxsplit=1) for site in sites]
-    if len(sites) > 1 and all(len(parts) == 3 for parts in split) and len({(parts[0], parts[2]) for parts in split}) == 1:
+    if all(len(parts) == 3 for parts in split) and len({(parts[0], parts[2]) for parts in split}) == 1:
         return f"{split[0][0]}*{split[0][2]}", [parts[1] for parts in split]
     return counted(len(sites), "layer"), list(sites)
 
