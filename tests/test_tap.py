@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -27,6 +26,8 @@ from probe.foreign.function_modes import innermost, stepped_out_of
 from probe.measure.blocks import NotObservable, RowSource
 from probe.measure.probabilities import FromScores, FromSoftmax
 from probe.measure.scores import Scores
+from rows_together import Rows, together
+from tapping import Taps
 
 B, S, H = 3, 12, 4
 SIZES = {"hidden_size": 32, "num_attention_heads": H, "num_hidden_layers": 2, "intermediate_size": 32, "vocab_size": 40}
@@ -48,7 +49,6 @@ BUILDERS: dict[str, Callable[..., nn.Module]] = {
     "mistral": lambda **more: MistralForCausalLM(MistralConfig(**SIZES, **TOKENS, num_key_value_heads=2, sliding_window=4, **more)),
     "gpt2": lambda **more: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=H, vocab_size=40, **TOKENS, **more)),
 }
-ATTENTION = (".self_attn", ".encoder_attn", ".attn")
 
 
 def build(name: str, implementation: str, **more: Any) -> nn.Module:
@@ -72,53 +72,9 @@ def batch(name: str, padding: str = "none") -> dict[str, Tensor]:
     return given
 
 
-class Taps:
-    """Enters a tap in every attention module for the length of its call, as the hooks do."""
-
-    def __init__(self, model: nn.Module, see: Callable[[str, RowSource], None]) -> None:
-        self.errors: list[Exception] = []
-        self.open: list[AttentionTap] = []
-        self.handles: list[Any] = []
-        for name, module in model.named_modules():
-            if name.endswith(ATTENTION):
-                self.handles.append(module.register_forward_pre_hook(self._enter(name, see)))
-                self.handles.append(module.register_forward_hook(self._leave, always_call=True))
-
-    def _enter(self, name: str, see: Callable[[str, RowSource], None]) -> Callable[..., None]:
-        def enter(module: nn.Module, args: Any) -> None:
-            tap = AttentionTap(lambda call: see(name, call), self.errors.append)
-            self.open.append(tap)
-            tap.__enter__()
-
-        return enter
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.open.pop().__exit__(None, None, None)
-
-    def __enter__(self) -> Taps:
-        return self
-
-    def __exit__(self, *ignored: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-
-@dataclass(frozen=True)
-class Rows:
-    """All rows of one call."""
-
-    p_BHSK: Tensor
-    visible_BSK: Tensor
-    how: str
-
-
 def every_row(source: RowSource) -> Rows:
-    samples, heads, queries, keys = source.shape
-    index_BR = torch.arange(queries).expand(samples, queries)
-    p_BHSK = torch.full((samples, heads, queries, keys + source.sinks), torch.nan)
-    for block in source.blocks(index_BR):
-        p_BHSK[block.samples, block.heads, block.rows] = block.p
-    return Rows(p_BHSK, source.visible(index_BR), source.how)
+    samples, _, queries, _ = source.shape
+    return together(source, torch.arange(queries).expand(samples, queries))
 
 
 def scores_of(source: RowSource) -> Scores:
@@ -134,8 +90,11 @@ def softmax_of(source: RowSource) -> FromSoftmax:
 def rows_of(model: nn.Module, given: dict[str, Tensor], **forward: Any) -> tuple[dict[str, Rows], Any]:
     seen: dict[str, Rows] = {}
 
+    how = "materialised softmax" if model.config._attn_implementation == "eager" else "recomputed from q and k"
+
     def see(name: str, source: RowSource) -> None:
         assert name not in seen
+        assert source.how == how
         seen[name] = every_row(source)
 
     with Taps(model, see) as taps:
@@ -170,12 +129,11 @@ def test_rows_are_the_models_attention(name: str, padding: str, implementation: 
     assert set(seen) == set(expected)
     real = given.get("attention_mask", torch.ones(B, S)).bool()
     for site, rows in seen.items():
-        kept = real if rows.p_BHSK.shape[2] == S else torch.ones(B, rows.p_BHSK.shape[2], dtype=torch.bool)
-        found, truth = rows.p_BHSK.transpose(1, 2)[kept], expected[site].transpose(1, 2)[kept]
+        kept = real if rows.p_BHRK.shape[2] == S else torch.ones(B, rows.p_BHRK.shape[2], dtype=torch.bool)
+        found, truth = rows.p_BHRK.transpose(1, 2)[kept], expected[site].transpose(1, 2)[kept]
         torch.testing.assert_close(found, truth, atol=1e-6, rtol=0)
-        assert torch.equal(rows.visible_BSK[kept], (truth > 0).any(1))
+        assert torch.equal(rows.visible_BRK[kept], (truth > 0).any(1))
         assert truth.std() > 0.02  # far from uniform
-        assert rows.how == ("materialised softmax" if implementation == "eager" else "recomputed from q and k")
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
@@ -197,8 +155,8 @@ def test_training_is_untouched_and_dropout_is_left_out(name: str, implementation
     assert torch.equal(rng, rng_tapped)
     assert seen
     for rows in seen.values():
-        sums = rows.p_BHSK.sum(-1)
-        torch.testing.assert_close(sums, rows.visible_BSK.any(-1)[:, None].expand_as(sums).float(), atol=1e-5, rtol=0)
+        sums = rows.p_BHRK.sum(-1)
+        torch.testing.assert_close(sums, rows.visible_BRK.any(-1)[:, None].expand_as(sums).float(), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["whisper", "llama"])
@@ -217,7 +175,7 @@ def test_under_autocast_rows_are_what_the_kernel_computes(name: str) -> None:
         with torch.autocast("cpu", enabled=False):
             more = {"is_causal": call.causal_offset == 0, "scale": call.scale, "enable_gqa": True}
             expected = F.scaled_dot_product_attention(q, k, identity, attn_mask=mask, **more)
-        torch.testing.assert_close(every_row(source).p_BHSK.double(), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(every_row(source).p_BHRK.double(), expected, atol=1e-5, rtol=0)
         compared.append(site)
 
     with Taps(model, see) as taps, torch.autocast("cpu", dtype=torch.bfloat16):
@@ -304,7 +262,7 @@ def test_folded_heads() -> None:
     (call,), errors, result = seen_in(lambda: scores.softmax(-1), num_heads=H)
     assert errors == []
     assert call.shape == (2, H, 5, 7)
-    assert torch.equal(every_row(call).p_BHSK, result.view(2, H, 5, 7))
+    assert torch.equal(every_row(call).p_BHRK, result.view(2, H, 5, 7))
     for heads in (None, 3):
         calls, errors, _ = seen_in(lambda: scores.softmax(-1), num_heads=heads)
         assert calls == []
@@ -467,7 +425,7 @@ def test_the_sink_of_an_eager_softmax_is_no_key() -> None:
     weights = model(**batch("gpt_oss"), output_attentions=True).attentions[0]
     assert weights.shape[-1] == S
     (rows,) = seen
-    torch.testing.assert_close(rows.p_BHSK[..., :S], weights, atol=1e-6, rtol=0)
-    torch.testing.assert_close(rows.p_BHSK.sum(-1), torch.ones(B, H, S))
-    assert rows.p_BHSK[..., S].min() > 0.01
-    assert torch.equal(rows.visible_BSK, (weights > 0).any(1))
+    torch.testing.assert_close(rows.p_BHRK[..., :S], weights, atol=1e-6, rtol=0)
+    torch.testing.assert_close(rows.p_BHRK.sum(-1), torch.ones(B, H, S))
+    assert rows.p_BHRK[..., S].min() > 0.01
+    assert torch.equal(rows.visible_BRK, (weights > 0).any(1))
