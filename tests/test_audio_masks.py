@@ -46,6 +46,7 @@ def test_only_masks_of_the_tokens_shape_count() -> None:
     assert list(audio_masks(given, (2, 5))) == ["audio_token_mask", "audio_out_mask"]
     assert list(audio_masks(given)) == ["audio_token_mask", "audio_out_mask"]
     assert list(audio_masks(given, (2, 4))) == ["audio_in_mask"]
+    assert not audio_masks({"audio_mask": given["audio_mask"]})
 
 
 def test_what_masks_cover() -> None:

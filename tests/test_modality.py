@@ -282,10 +282,15 @@ def test_a_layer_that_knows_a_part() -> None:
     assert layer_modality({"audio_out_mask": audio}, micro(), named, SPEAKER) is None
     assert layer_modality({"audio_out_mask": audio}, micro(), facts(), SPEAKER) is not None
     assert layer_modality({"hidden_states": torch.zeros(4, 15, 3)}, micro(), facts(), SPEAKER) is None
-    odd = {"audio_token_mask": audio, "attention_mask": torch.ones(4, 1, 15, 15, dtype=torch.int64)}
-    found = layer_modality(odd, micro(), facts(), SPEAKER)
+
+
+@pytest.mark.parametrize("mask", [torch.zeros(4, 1, 15, 15, dtype=torch.int64), torch.zeros(4, 1, 15, 20), torch.zeros(4, 1, 15)])
+def test_a_layers_attention_mask_that_says_nothing(mask: Tensor) -> None:
+    """From an attention mask that is not over these tokens, or of which nobody knows what its numbers mean, no padding is read."""
+    audio, kept = random_ids(9) > 6, lengths_mask([15, 8, 12, 3], 15)
+    found = layer_modality({"audio_token_mask": audio, "attention_mask": mask}, micro(attention_mask=kept), facts(), SPEAKER)
     assert found is not None
-    assert not (found == PADDING).any()
+    assert torch.equal(found, coded(audio, torch.zeros_like(audio), kept))
 
 
 def test_nothing_waits_for_the_device() -> None:

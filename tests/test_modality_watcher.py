@@ -22,6 +22,7 @@ from probe.records import Site, StepRecord
 from probe.sites.discovery import Discovery, discover
 from probe.sites.facts import ModelFacts
 from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT
+from waiting import NoWaiting
 from watching import observed_run
 
 CASES = {case.name: case for case in models.available_cases()}
@@ -309,6 +310,17 @@ def test_a_speaker_without_labels_of_audio() -> None:
     assert {buffer.totals.reasons[name] for name in TO_REFERENCE} == {"no audio labels among the inputs tell reference from target"}
 
 
+def test_reasons_go_by_what_the_model_is() -> None:
+    """Given by definition, no label is asked for; cross-attention beside joint attention in a decoder-only model is no reason."""
+    given = replace(FACTS, audio_tokens=(("audio_in_token_idx", 7), ("audio_out_token_idx", 8)))
+    _, buffer, _ = entered(given, input_ids=torch.ones(1, 5, dtype=torch.int64))
+    assert buffer.totals.reasons[TO_REFERENCE[0]] == REASONS["original"]
+    _, buffer, _ = entered(FACTS, [JOINT, replace(JOINT, name="other", kind="cross")], input_ids=torch.ones(1, 5, dtype=torch.int64))
+    assert buffer.totals.reasons[TO_REFERENCE[0]] == "no audio labels among the inputs tell reference from target"
+    _, buffer, _ = entered(FACTS, [replace(JOINT, kind="decoder")], input_ids=torch.ones(1, 5, dtype=torch.int64))
+    assert not buffer.totals.reasons
+
+
 def test_answers_only_for_tokens_of_that_shape() -> None:
     """Another number of tokens or samples (an expanded sequence, beams) is not known; nor is anything once the root has returned."""
     micro, buffer, watcher = entered(input_ids=torch.ones(2, 5, dtype=torch.int64))
@@ -326,13 +338,20 @@ def test_answers_only_for_tokens_of_that_shape() -> None:
 
 
 def test_a_layer_is_asked_only_where_the_root_told_nothing() -> None:
-    """The root's inputs win over a layer's mask, and the first layer that tells wins over later ones."""
+    """The root's inputs win over a layer's mask of as many tokens (that costs nothing), and the first layer wins over later ones."""
     mask = torch.tensor([[True, False, False]])
     micro, buffer, watcher = entered(input_ids=torch.tensor([[1, 7, 1]]))
-    watcher.enter(call_of("layers.0", micro, audio_token_mask=mask), buffer)
+    with NoWaiting() as watch:
+        watcher.enter(call_of("layers.0", micro), buffer)
+        watcher.enter(call_of("layers.0", micro, audio_token_mask=mask), buffer)
+    assert watch.operators == 0
     known, _ = modalities(call_of("layer", micro, JOINT), (1, 4, 3, 3))
     assert known is not None
     assert known.tolist() == [[TEXT, AUDIO, TEXT]]
+    watcher.enter(call_of("layers.0", micro, audio_token_mask=mask.repeat(1, 2)), buffer)
+    longer, _ = modalities(call_of("layer", micro, JOINT), (1, 4, 6, 6))
+    assert longer is not None
+    assert longer.tolist() == [[AUDIO, TEXT, TEXT] * 2]
     micro, buffer, watcher = entered()
     watcher.enter(call_of("layers.0", micro), buffer)
     watcher.enter(call_of("layers.1", micro, audio_token_mask=mask), buffer)

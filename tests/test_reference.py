@@ -156,9 +156,12 @@ def test_labels_that_tell_nothing() -> None:
         {"audio_labels": labels_where(bits(1, BOOKS + 1, 7), 2)},
         {"audio_labels": labels_where(bits(1, 4, 7, BOOKS, 2), 2)},
         {"label_audio_ids": labels_where(bits(1, BOOKS + 2, 7), 2)},
+        {"label_audio_ids": labels_where(bits(1, BOOKS, 4, 2), 2)},
     ):
         assert labelled_positions(audio, given, roles()) is None
         assert unlabelled_runs(audio, given, roles()) is None
+    assert labelled_positions(audio[:1], {"audio_labels": labels_where(bits(1, 1, 7, BOOKS, 2), 2)}, roles()) is None
+    assert labels_of_audio({"audio_labels": torch.zeros(4, dtype=torch.int64)}, roles()) is None
     spoken = roles(labels=("audio_labels", "labels"))
     assert labelled_positions(audio, {"labels": labels_where(bits(1, BOOKS, 7), 1)}, spoken) is None
     assert labels_of_audio({"labels": labels_where(audio, 1)}, spoken) is not None

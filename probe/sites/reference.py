@@ -141,14 +141,11 @@ def laid_over(slots_BS: Tensor, values_N: Tensor, valid_N: Tensor | None = None)
         return torch.zeros_like(slots_BS)
     slots_N = slots_BS.reshape(-1)
     rank = slots_N.cumsum(0) - 1
-    if valid_N is None:
-        taken, source_N = slots_N & (rank < count), values_N
-    else:
-        # What is not valid is written to a place past the end.
+    if valid_N is not None:
+        # Valid values move to the front, false follows; what is not valid is written to a place past the end.
         place = torch.where(valid_N, valid_N.cumsum(0) - 1, count)
-        source_N = values_N.new_zeros(count + 1).scatter_(0, place, values_N)[:count]
-        taken = slots_N & (rank < valid_N.sum())
-    return (taken & source_N.gather(0, rank.clamp(0, count - 1))).view(slots_BS.shape)
+        values_N = values_N.new_zeros(count + 1).scatter_(0, place, values_N)[:count]
+    return (slots_N & (rank < count) & values_N.gather(0, rank.clamp(0, count - 1))).view(slots_BS.shape)
 
 
 def runs_without(audio_BS: Tensor, marked_BS: Tensor) -> Tensor:
@@ -156,8 +153,6 @@ def runs_without(audio_BS: Tensor, marked_BS: Tensor) -> Tensor:
 
     Runs are numbered by the count of their starts, and a run's mark is the largest of its positions'.
     """
-    if audio_BS.numel() == 0:
-        return audio_BS.clone()
     before_BS = torch.zeros_like(audio_BS)
     before_BS[:, 1:] = audio_BS[:, :-1]
     run_N = (audio_BS & ~before_BS).reshape(-1).cumsum(0)

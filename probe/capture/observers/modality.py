@@ -15,6 +15,7 @@ from probe.capture.buffer import StepBuffer
 from probe.capture.microbatch import MicroBatch
 from probe.capture.observer import Call, Watcher
 from probe.records import Site
+from probe.sites.audio_masks import audio_masks
 from probe.sites.facts import ModelFacts
 from probe.sites.modality import fold_frames, layer_modality, output_modality, sounding_frames, token_modality
 from probe.sites.reference import AudioRoles, audio_roles, labels_of_audio
@@ -74,7 +75,7 @@ class ModalityWatcher(Watcher):
         return ("", *self._takers) if self._attention else ()
 
     def enter(self, call: Call, buffer: StepBuffer) -> None:
-        """Read the root's inputs, or a layer's arguments if the root's tell nothing of its tokens."""
+        """Read the root's inputs, or a layer's arguments if the root's tell nothing of tokens of that number."""
         micro = call.micro
         if call.site.name == "":
             # Frames now, not when the encoder has run: SpecAugment overwrites the features in place.
@@ -85,8 +86,11 @@ class ModalityWatcher(Watcher):
                 buffer.totals.omit(metric, why)
             return
         known: _Known | None = micro.scratch.get(_KNOWN)
-        if known is not None and known.tokens is None and known.layers is None:
-            arguments = by_name(call.module.forward, call.args, call.kwargs)
+        if known is None or known.layers is not None:
+            return
+        arguments = by_name(call.module.forward, call.args, call.kwargs)
+        mask = next(iter(audio_masks(arguments).values()), None)
+        if mask is not None and (known.tokens is None or mask.shape != known.tokens.shape):
             known.layers = layer_modality(arguments, micro, self._facts, self._roles)
 
     def leave(self, call: Call, buffer: StepBuffer) -> None:
