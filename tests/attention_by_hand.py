@@ -65,30 +65,32 @@ def random_source(seed: int, *, queries: int = S, keys: int = K, sinks: int = 0,
     return Given(p / p.sum(-1, keepdim=True).clamp(min=1e-9), visible, sinks, steps)
 
 
-def by_hand(source: Given, choice: RowChoice, query: Tensor | None, key: Tensor | None, self_attention: bool) -> dict[str, Any]:
+def by_hand(source: Given, choice: RowChoice, query_BS: Tensor | None, key_BK: Tensor | None, self_attention: bool) -> dict[str, Any]:
     """The definitions, one row and one head at a time, in Python floats: quantity -> (numerators of the heads, weight)."""
-    _, _, queries, keys = source.shape
-    found: dict[str, Any] = {name: ([0.0] * H, 0.0) for name in QUANTITIES}
+    samples, heads, queries, keys = source.shape
+    given, seen = source.p_BHSK.tolist(), source.visible_BSK.tolist()
+    query, key = (None if codes is None else codes.tolist() for codes in (query_BS, key_BK))
+    found: dict[str, Any] = {name: ([0.0] * heads, 0.0) for name in QUANTITIES}
     sampled = 0
 
     def add(name: str, values: list[float], weight: float) -> None:
         sums, total = found[name]
         found[name] = ([old + weight * new for old, new in zip(sums, values)], total + weight)
 
-    for b in range(B):
+    for b in range(samples):
         rows = [int(row) for row in choice.index_BR[b]]
-        sees = {row: [k for k in range(keys) if bool(source.visible_BSK[b, row, k])] for row in rows}
-        real = [k for k in range(keys) if (any(k in sees[row] for row in rows) if key is None else key[b, k] != PADDING)]
+        sees = {row: [k for k in range(keys) if seen[b][row][k]] for row in rows}
+        real = [k for k in range(keys) if (any(k in sees[row] for row in rows) if key is None else key[b][k] != PADDING)]
         first = min(real, default=0)
-        real_keys = [k for k in range(keys) if key is None or key[b, k] != PADDING]
-        real_rows = [s for s in range(queries) if query is None or query[b, s] != PADDING]
+        real_keys = [k for k in range(keys) if key is None or key[b][k] != PADDING]
+        real_rows = [s for s in range(queries) if query is None or query[b][s] != PADDING]
         text_rows: list[tuple[int, float]] = []
         for row, weight in zip(rows, choice.weight_BR[b].tolist()):
-            code = None if query is None else int(query[b, row])
+            code = None if query is None else query[b][row]
             if weight == 0 or not sees[row] or code == PADDING:
                 continue
             sampled += 1
-            p_HK = [[float(value) for value in source.p_BHSK[b, h, row]] for h in range(H)]
+            p_HK = [given[b][h][row] for h in range(heads)]
             entropies = [-sum(p * math.log(p) for p in p_K if p > 0) for p_K in p_HK]
             add("entropy_nats", entropies, weight)
             outcomes = len(sees[row]) + source.sinks
@@ -109,37 +111,37 @@ def by_hand(source: Given, choice: RowChoice, query: Tensor | None, key: Tensor 
             add("first_token", [p_K[first] for p_K in p_HK], weight)
             if key is None:
                 continue
-            add("padding", [sum(p_K[k] for k in range(keys) if key[b, k] == PADDING) for p_K in p_HK], weight)
+            add("padding", [sum(p_K[k] for k in range(keys) if key[b][k] == PADDING) for p_K in p_HK], weight)
             of = {TEXT: "text", AUDIO: "audio", REFERENCE: "audio"}.get(-1 if code is None else code)
             for to, codes in (("text", (TEXT,)), ("audio", (AUDIO, REFERENCE)), ("reference", (REFERENCE,))):
-                if of is None or not any(int(key[b, k]) in codes for k in sees[row]) or (code == REFERENCE and to == "reference"):
+                if of is None or not any(key[b][k] in codes for k in sees[row]) or (code == REFERENCE and to == "reference"):
                     continue
-                add(f"{of}_to_{to}", [sum(p_K[k] for k in range(keys) if int(key[b, k]) in codes) for p_K in p_HK], weight)
+                add(f"{of}_to_{to}", [sum(p_K[k] for k in range(keys) if key[b][k] in codes) for p_K in p_HK], weight)
                 if (of, to) == ("text", "audio"):
                     text_rows.append((row, weight))
-        walk(source, b, text_rows, sees, key, add)
+        walk(given[b], None if key is None else key[b], text_rows, sees, add)
     return {"sampled": sampled, **found}
 
 
-def walk(source: Given, b: int, text_rows: list[tuple[int, float]], sees: dict[int, list[int]], key: Tensor | None, add: Any) -> None:
+def walk(p_HSK: list[Any], key: list[int] | None, text_rows: list[tuple[int, float]], sees: dict[int, list[int]], add: Any) -> None:
     """Kendall's tau and coverage of one sample, by their definitions."""
     if key is None or not text_rows:
         return
     total = sum(weight for _, weight in text_rows)
-    audio = [k for k in range(key.shape[1]) if int(key[b, k]) >= AUDIO]
+    audio = [k for k, code in enumerate(key) if code >= AUDIO]
     taus, covered = [], []
-    for h in range(H):
+    for p_SK in p_HSK:
         centres = {}
         for row, _ in text_rows:
-            p = {k: float(source.p_BHSK[b, h, row, k]) for k in audio}
-            centres[row] = sum(k * p[k] for k in audio) / sum(p.values()) if sum(p.values()) else None
+            mass = sum(p_SK[row][k] for k in audio)
+            centres[row] = sum(k * p_SK[row][k] for k in audio) / mass if mass else None
         agree, pairs = 0, 0
         for (i, _), (j, _) in itertools.combinations(text_rows, 2):
             pairs += 1
             if centres[i] is not None and centres[j] is not None and abs(centres[i] - centres[j]) >= 1e-3:
                 agree += 1 if (i < j) == (centres[i] < centres[j]) else -1
         taus.append(agree / max(pairs, 1))
-        mean = [sum(weight * float(source.p_BHSK[b, h, row, k]) for row, weight in text_rows) for k in audio]
+        mean = [sum(weight * p_SK[row][k] for row, weight in text_rows) for k in audio]
         shares = [value / sum(mean) for value in mean if value > 0]
         visible = {k for row, _ in text_rows for k in sees[row]} & set(audio)
         covered.append(math.exp(-sum(p * math.log(p) for p in shares)) / len(visible))

@@ -17,11 +17,15 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 import models
+from attention_by_hand import Given, by_hand
 from models import qwen2_audio
 from models.case import Case
 from models.running import VARIANTS, RunResult
 from probe.attachment import REGISTRY
+from probe.measure.quantities import QUANTITIES, WALKS
+from probe.measure.rows import RowChoice
 from probe.records import Attention, Head, StepRecord
+from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT
 from watching import observed_run
 
 CASES = [pytest.param(case, id=case.name) for case in models.available_cases()]
@@ -276,31 +280,25 @@ def test_attention(name: str, kernel: str) -> None:
         check_means(record)
 
 
-def check_layer(row: Attention, p_BHSK: Tensor, query_BS: list[list[str]], key_BK: list[list[str]]) -> None:
-    """Compare one layer's row with its weights, row by row in plain Python. Modalities are "text", "audio" or ""."""
-    sums: dict[str, list[float]] = {}
-    for b, queries in enumerate(query_BS):
-        first = next(k for k, modality in enumerate(key_BK[b]) if modality)
-        for s, modality in enumerate(queries):
-            if not modality:
-                continue
-            p_HK = p_BHSK[b, :, s].double()
-            visible = [k for k in range(p_HK.shape[1]) if float(p_HK[:, k].max()) > 0]
-            entropy = float(-(p_HK * p_HK.clamp(min=1e-300).log()).sum(-1).mean())
-            sums.setdefault("entropy_nats", []).append(entropy)
-            if len(visible) > 1:
-                sums.setdefault("entropy", []).append(entropy / math.log(len(visible)))
-            sums.setdefault("first_token", []).append(float(p_HK[:, first].mean()))
-            for other in ("text", "audio"):
-                mine = [k for k in visible if key_BK[b][k] == other]
-                if mine and row.kind == "joint":
-                    sums.setdefault(f"{modality}_to_{other}", []).append(float(p_HK[:, mine].sum(-1).mean()))
-            padding = [k for k in visible if not key_BK[b][k]]
-            sums.setdefault("padding", []).append(float(p_HK[:, padding].sum(-1).mean()) if padding else 0.0)
-    assert row.rows == len(sums["entropy_nats"])
-    assert (row.heads, row.keys) == (p_BHSK.shape[1], p_BHSK.shape[3])
-    for what, values in sums.items():
-        assert getattr(row, what) == pytest.approx(sum(values) / len(values), abs=2e-6), f"{row.site} {what}"
+def check_layer(row: Attention, p_BHSK: Tensor, query_BS: list[list[str]], key_BK: list[list[str]], *, walks: bool = True) -> None:
+    """Compare one layer's row with its weights, row by row in plain Python. Modalities are "text", "audio", "reference" or ""."""
+    codes = {"": PADDING, "text": TEXT, "audio": AUDIO, "reference": REFERENCE}
+    query, key = (torch.tensor([[codes[name] for name in names] for names in sample_names]) for sample_names in (query_BS, key_BK))
+    samples, heads, queries, keys = p_BHSK.shape
+    every = torch.arange(queries).expand(samples, queries)
+    source = Given(p_BHSK, p_BHSK.amax(1) > 0)
+    expected = by_hand(source, RowChoice(every, torch.ones(samples, queries), queries), query, key, row.kind != "cross")
+    assert (row.heads, row.keys, row.rows) == (heads, keys, expected["sampled"])
+    tells_reference = "reference" in {name for names in key_BK for name in names}
+    over_audio = row.kind in ("cross", "joint") and walks
+    for what in QUANTITIES:
+        if (what.endswith("_reference") and not tells_reference) or (what in WALKS and not over_audio):
+            continue
+        numerators, weight = expected[what]
+        value = sum(numerators) / heads / weight if weight else None
+        near = 2e-6 * (keys if what in ("effective_keys", "distance") else 1)
+        near = 0.05 if what == "monotonicity" else near  # rounding turns the order of rows that look at nearly the same place
+        assert getattr(row, what) == (value if value is None else pytest.approx(value, abs=near)), f"{row.site} {what}"
 
 
 def check_means(record: StepRecord) -> None:
@@ -330,10 +328,15 @@ def test_attention_of_an_expanding_model() -> None:
                 output = model.eval()(**batch)
             audio_BS = output.audio_in_mask | output.audio_out_mask
             names = [
-                ["" if not real else "audio" if audio else "text" for audio, real in zip(*pair, strict=True)]
-                for pair in zip(audio_BS.tolist(), output.attention_mask.tolist(), strict=True)
+                [
+                    "" if not real else "reference" if given else "audio" if audio else "text"
+                    for given, audio, real in zip(*masks, strict=True)
+                ]
+                for masks in zip(output.audio_in_mask.tolist(), audio_BS.tolist(), output.attention_mask.tolist(), strict=True)
             ]
-            check_layer(rows[site], seen[0], names, names)
+            early = rows[site].monotonicity is not None  # a layer that is told what is audio before it runs
+            assert early != (f"attention:{site}/per_head" in record.not_measured)
+            check_layer(rows[site], seen[0], names, names, walks=early)
 
 
 def test_expanding_model_under_autocast() -> None:
