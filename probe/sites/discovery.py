@@ -115,7 +115,7 @@ def discover(model: nn.Module, *, choices: SiteChoices = "auto") -> Discovery:
     missing = search.missing(sites)
     modules = {"": model, **{site.name: search.names.by_name[site.name] for site in sites}}
     takers = mask_takers(search.names, sites)
-    feeders = find_feeders(search.names, [site for site in sites if site.role == "lm_head"])
+    feeders = find_feeders(search.names, search.core, [site for site in sites if site.role == "lm_head"])
     watched = {name: search.names.by_name[name] for name in (*takers, *feeders.values()) if name not in modules}
     return Discovery(SiteMap((root, *sites), missing), modules, search.facts, watched, takers, feeders)
 
