@@ -86,7 +86,7 @@ def test_what_the_package_imports_is_required(wheel: Path) -> None:
                 imported |= {alias.name.split(".")[0] for alias in node.names}
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 imported.add(node.module.split(".")[0])
-    optional = {"matplotlib"}
+    optional = {"jiwer", "matplotlib"}
     third_party = imported - set(sys.stdlib_module_names) - {"probe"} - optional
     required = [Requirement(line) for line in metadata(wheel).get_all("Requires-Dist", [])]
     core = {requirement.name for requirement in required if requirement.marker is None}

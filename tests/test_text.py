@@ -71,3 +71,46 @@ def test_a_tokenizer_that_fails_is_said_once_and_ids_are_shown_instead(error: ty
     assert len(said) == 1
     assert f"cannot decode ({error.__name__}: no); ids are shown instead" in said[0]
     assert decoder.reason == said[0]
+
+
+def test_plain_text_is_without_special_tokens() -> None:
+    """Special tokens, and ids that the tokenizer does not know, are left out."""
+    ids = [*ids_of("<s>hello you"), len(TOKENIZER) + 3, -1, *ids_of("</s>")]
+    assert Decoder([TOKENIZER], print).plain(ids) == "hello you"
+    assert Decoder([None], print).plain(ids) is None
+
+
+def test_pieces_join_to_the_text() -> None:
+    """Each id's text stands as in its context: joined they are the text, where the tokenizer drops spaces at a beginning, too."""
+    ids = ids_of("<s>a fox runs</s>")
+    assert "".join(Decoder([TOKENIZER], print).pieces(ids, after=ids)) == "<s>a fox runs</s>"
+
+    class Dropping:
+        """Decodes as SentencePiece tokenizers do: the space before the first word is dropped."""
+
+        words = ("▁the", "▁fox", "es", "▁run")
+
+        def __len__(self) -> int:
+            return len(self.words)
+
+        def decode(self, ids: Any, **kwargs: Any) -> str:
+            return "".join(self.words[token] for token in ids).replace("▁", " ").removeprefix(" ")
+
+    decoder = Decoder([Dropping()], print)
+    assert decoder.pieces([0, 1, 2, 3], after=[0, 1, 2, 3]) == ("the", " fox", "es", " run")
+    assert decoder.pieces([0, 3, 3, 9], after=[0, 1, 2, 3]) == ("the", " run", " run", "[id 9]")
+    assert decoder.pieces([1, 3], after=[7, 1]) == ("fox", "run")
+    assert Decoder([None], print).pieces([1], after=[1]) == ()
+
+
+def test_pieces_of_half_characters() -> None:
+    """A token that is half a character is shown by itself, not taken from the middle of its neighbour."""
+
+    class Bytes:
+        def __len__(self) -> int:
+            return 256
+
+        def decode(self, ids: Any, **kwargs: Any) -> str:
+            return bytes(ids).decode(errors="replace")
+
+    assert Decoder([Bytes()], print).pieces(list("é".encode()), after=list("é".encode())) == ("\ufffd", "\ufffd")

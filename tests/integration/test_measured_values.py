@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import jiwer
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,7 @@ from attention_by_hand import Given, by_hand
 from models import qwen2_audio
 from models.case import Case
 from models.running import VARIANTS, RunResult
+from probe.assemble import words
 from probe.attachment import REGISTRY
 from probe.measure.quantities import QUANTITIES, WALKS
 from probe.measure.rows import RowChoice
@@ -54,7 +56,7 @@ class Watched:
     batches: list[list[Any]]
 
 
-def watch(case: Case, *, rows: int = 64, steps: int = 2, accumulation: int = 1, **arguments: Any) -> Watched:
+def watch(case: Case, *, rows: int = 64, steps: int = 2, accumulation: int = 1, tokenizer: Any = None, **arguments: Any) -> Watched:
     """Train a case without any randomness under observation. Batches have three samples."""
     collated: list[Any] = []
     copies = Copies()
@@ -65,7 +67,7 @@ def watch(case: Case, *, rows: int = 64, steps: int = 2, accumulation: int = 1, 
 
     result, records = observed_run(
         replace(case, build=lambda seed: quiet(case.build(seed)), collate=collate),
-        options={"rows": rows},
+        options={"rows": rows, "tokenizer": tokenizer},
         seed=SEED,
         max_steps=steps,
         samples=12,
@@ -115,6 +117,47 @@ def check_head(head: Head, pairs: list[tuple[Tensor, Tensor]], record: StepRecor
         assert vars_of(row) == pytest.approx(one, rel=1e-5)
         for what in ("loss", "token_accuracy", "calibration_error", "top_token_share"):
             assert record.metrics[f"probe/audio/codebook_{k}/{what}"] == pytest.approx(one[what], rel=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_shown_tokens(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The samples of a record hold the first batch's labels and argmax, sample by sample; text heads their text and word error rate."""
+    tokenizer = case.tokenizer()
+    watched = watch(case, tokenizer=tokenizer)
+    for record, model, (batch,) in zip(watched.records, watched.models, watched.batches, strict=True):
+        rates = []
+        for head in record.heads:
+            laid = laid_over(case, model, head.site, batch)
+            if laid is None:
+                assert head.shown == ()
+                continue
+            logits, labels = laid if laid[1].dim() == 1 else (laid[0][:, 0], laid[1][:, 0])
+            kept = labels != -100
+            assert sum((sample.target for sample in head.shown), ()) == tuple(labels[kept].tolist())
+            assert sum((sample.predicted for sample in head.shown), ()) == tuple(logits.argmax(-1)[kept].tolist())
+            for sample in head.shown if head.modality == "text" else ():
+                assert "".join(sample.target_pieces) == sample.target_text[: len("".join(sample.target_pieces))]
+                assert len(sample.predicted_pieces) == len(sample.target_pieces) == min(64, len(sample.target))
+                texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (sample.target, sample.predicted))
+                assert sample.word_error_rate == pytest.approx(jiwer.wer(*texts))
+                rates.append(sample.word_error_rate)
+            assert head.modality == "text" or all(sample.target_text is None for sample in head.shown)
+        if rates:
+            assert record.metrics["probe/text/word_error_rate"] == pytest.approx(sum(rates) / len(rates))
+    monkeypatch.setattr(words, "find_spec", lambda name: None)
+    _, (record,) = observed_run(case, options={"tokenizer": tokenizer}, seed=SEED, max_steps=1)
+    assert all(sample.word_error_rate is None for head in record.heads for sample in head.shown)
+    if any(head.shown for head in record.heads if head.modality == "text"):
+        assert record.not_measured["probe/text/word_error_rate"] == words.NO_JIWER
+
+
+def test_no_text_without_a_tokenizer() -> None:
+    """Without a tokenizer there are ids, no text, and the reason."""
+    _, (record,) = observed_run(models.CASES["llama"], seed=SEED, max_steps=1)
+    (sample, *_) = record.heads[0].shown
+    assert sample.target
+    assert (sample.target_text, sample.target_pieces, sample.word_error_rate) == (None, (), None)
+    assert record.not_measured["probe/text/word_error_rate"].startswith("no tokenizer: give one")
 
 
 @pytest.mark.parametrize("case", CASES)
