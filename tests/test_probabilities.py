@@ -258,6 +258,14 @@ def test_bfloat16_weights_keep_their_visible_keys() -> None:
     assert rows.p_BHRK.dtype == torch.float32
 
 
+def test_an_added_float16_mask_hides_with_its_own_minimum() -> None:
+    """float16 reaches no further than -65504, which hides there; in float32 the same number is a bias like any other."""
+    q, k = normal(1, 1, 2, D, seed=54), normal(1, 1, 3, D, seed=55)
+    mask = torch.tensor([0.0, torch.finfo(torch.float16).min, -100.0])
+    assert recompute(q.half(), k.half(), mask=mask.half()).visible_BRK.tolist() == [[[True, False, True]] * 2]
+    assert recompute(q, k, mask=mask).visible_BRK.all()
+
+
 def test_rows_beyond_the_call_do_not_crash() -> None:
     """An index chosen for a longer sequence reads the last row: on a GPU an index out of range would end the process."""
     q, k = normal(B, H, S, D, seed=29), normal(B, H, K, D, seed=30)
