@@ -14,6 +14,7 @@ from probe.foreign.trainer_loss import LossSettings
 from probe.records import LossAudit
 from probe.sites.reduction import By, Reduction, Term
 
+_ABSENT = ("no labels among the inputs", "no audio labels among the inputs")  # as probe.sites.labels says it
 RATIO, LOGGED = "probe/loss_audit/ratio", "probe/loss_audit/logged_ratio"
 
 
@@ -41,6 +42,11 @@ def loss_audit(draft: Draft, *, logged: float | None) -> LossAudit | None:
         return LossAudit(backpropagated=shown, logged=logged)
     figures = _figures(draft, settings, reduction, loss=shown, logged=logged)
     expected = figures.expected
+    if expected is not None and not math.isfinite(expected):
+        draft.reasons.setdefault(
+            RATIO, "not audited: the mean over the vocabulary, which label smoothing needs, is not known of every label"
+        )
+        return LossAudit(backpropagated=shown, logged=logged)
     nothing = "every label of this step is -100" if expected is None else f"the loss is not a finite number: {loss}"
     value = draft.measure(RATIO, ratio(shown, expected) if shown is not None and expected is not None else None, nothing)
     return LossAudit(
@@ -89,8 +95,8 @@ def _why_not(draft: Draft, settings: LossSettings, reduction: Reduction) -> str:
 
 def _unscored(draft: Draft, term: Term) -> str:
     """Say why a head's predictions do not tell its whole cross-entropy; "" if they do."""
-    known = draft.host.reasons.get(f"head:{term.site}")
-    if known:
+    known = draft.host.reasons.get(f"head:{term.site}", "")
+    if known and not known.startswith(_ABSENT):  # labels that some micro-batches have and others do not are no gap
         return f"not audited: {known}"
     sums = draft.host.cells[head_cell(term.site, term.codebook)].sums
     calls = draft.count(statistics_cell(term.site), "calls")

@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from transformers import TrainerCallback
 import probe
 from models import CASES
 from models.running import run
+from probe.merge import ranks
 
 RANK = int(os.environ["RANK"])
 KEPT = 4  # labels that rank 1 keeps of each row
@@ -89,6 +91,7 @@ def main() -> None:
     folder, *names = sys.argv[1:]
     torch.set_num_threads(1)
     for name in names:
+        ranks._PATIENCE = timedelta(seconds=0.7 if name.endswith("-alone") else 30)
         report = scenario(name, Path(folder) / name)
         Path(folder, f"{name}.rank{RANK}.json").write_text(json.dumps(report), encoding="utf-8")
     # Left to the interpreter's exit, gloo's threads sometimes make it exit with 1.
