@@ -232,20 +232,20 @@ def test_output_names_the_most_frequent_prediction(share: float, labelled: int, 
     """What a head predicts most is named, as a warning where it is most of what it predicts; a codebook's stands in the table only."""
     head = whisper_record().heads[0]
     head = replace(head, accuracy=replace(head.accuracy, top_token_share=share, labelled=labelled))
-    shown = fact(outputs.section(whisper_record(heads=(head,))), "proj_out most frequent prediction")
-    assert (shown.value, shown.tone) == (f"' and' at {100 * share:.1f} % of the labelled positions", tone)
-    shown = fact(outputs.section(whisper_record(heads=(replace(head, top_token_text=None),))), "proj_out most frequent prediction")
-    assert shown.value.startswith("token 290 at")
-    assert "audio_lm_head most frequent" not in page(outputs.section(speech_record()))
+    shown = fact(outputs.section(whisper_record(heads=(head,))), "Most frequent")
+    assert (shown.value, shown.tone) == (f"proj_out predicts ' and' at {100 * share:.1f} % of its labelled positions", tone)
+    shown = fact(outputs.section(whisper_record(heads=(replace(head, top_token_text=None),))), "Most frequent")
+    assert shown.value.startswith("proj_out predicts token 290 at")
+    assert "audio_lm_head predicts" not in page(outputs.section(speech_record()))
     unknown = replace(head, accuracy=replace(head.accuracy, top_token_share=None))
-    assert "most frequent prediction" not in page(outputs.section(whisper_record(heads=(unknown,))))
+    assert "Most frequent" not in page(outputs.section(whisper_record(heads=(unknown,))))
 
 
 def test_output_says_what_numbers_rest_on() -> None:
     """A head that the model did without says on how many positions it was evaluated."""
     head = replace(whisper_record().heads[0], evaluated="256 sampled of 1,000 labelled positions: fused", shown=())
-    assert fact(outputs.section(whisper_record(heads=(head,))), "proj_out numbers").value == head.evaluated
-    assert "proj_out numbers" not in page(outputs.section(whisper_record()))
+    assert fact(outputs.section(whisper_record(heads=(head,))), "Numbers").value == f"proj_out: {head.evaluated}"
+    assert "Numbers" not in page(outputs.section(whisper_record()))
 
 
 def test_output_says_what_is_missing() -> None:

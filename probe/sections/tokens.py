@@ -20,7 +20,7 @@ def tokens(head: Head, name: str, reasons: Reasons) -> list[Block]:
     if head.accuracy is None or not head.accuracy.labelled:
         why = reasons.missing(*keys, f"probe/{head.modality}/loss", f"probe/{head.modality}/token_accuracy", f"probe/{head.modality}")
         return [Facts((Fact(name, why, "missing"),))]
-    blocks: list[Block] = [Facts((Fact(f"{name} numbers", head.evaluated),))] if head.evaluated else []
+    blocks: list[Block] = [Facts((Fact("Numbers", f"{name}: {head.evaluated}"),))] if head.evaluated else []
     top = _most_frequent(head, name)
     if top is not None:
         blocks.append(Facts((top,)))
@@ -40,8 +40,8 @@ def _most_frequent(head: Head, name: str) -> Fact | None:
     token = f"token {accuracy.top_token}" if accuracy.top_token is not None else "one token"
     what = token if head.top_token_text is None else f"{head.top_token_text!r}"
     odd = accuracy.top_token_share >= _COLLAPSED and accuracy.labelled >= _LEAST
-    said = f"{what} at {share(accuracy.top_token_share)} of the labelled positions"
-    return Fact(f"{name} most frequent prediction", said, "warning" if odd else "plain")
+    said = f"{name} predicts {what} at {share(accuracy.top_token_share)} of its labelled positions"
+    return Fact("Most frequent", said, "warning" if odd else "plain")
 
 
 def _text(head: Head, name: str, sample: HeadSample) -> Comparison:
