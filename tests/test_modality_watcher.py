@@ -1,16 +1,16 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 import models
 import probe.observation
+from modality_by_hand import by_hand, rows_of
 from models import original_training, qwen2_audio
 from models.case import Case
 from models.running import VARIANTS, assert_identical, run
@@ -18,6 +18,7 @@ from probe.capture.buffer import StepBuffer
 from probe.capture.microbatch import MicroBatch
 from probe.capture.observer import Call, Watcher
 from probe.capture.observers.modality import TO_REFERENCE, ModalityWatcher, late_modality, modalities
+from probe.capture.totals import Totals
 from probe.records import Site, StepRecord
 from probe.sites.discovery import Discovery, discover
 from probe.sites.facts import ModelFacts
@@ -33,7 +34,7 @@ class Asked:
     """What was answered in one micro-batch: by site, at its call and when the root returned, and why there may be no reference."""
 
     batch: dict[str, Any]
-    why: str | None
+    totals: Totals
     early: dict[str, tuple[Tensor | None, Tensor | None]] = field(default_factory=dict)
     late: dict[str, Tensor | None] = field(default_factory=dict)
 
@@ -52,7 +53,7 @@ class Asker(Watcher):
 
     def enter(self, call: Call, buffer: StepBuffer) -> None:
         if call.site.name == "":
-            self.asked.append(Asked(dict(call.micro.inputs), buffer.totals.reasons.get(TO_REFERENCE[0])))
+            self.asked.append(Asked(dict(call.micro.inputs), buffer.totals))
             return
         hidden = call.args[0] if call.args else call.kwargs["hidden_states"]
         keys = call.kwargs.get("key_value_states")
@@ -78,75 +79,17 @@ def ask(case: Case, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> tuple[
     return made[-1].asked, records, discover(result.model)
 
 
-def rows(codes: Sequence[Sequence[int]]) -> Tensor:
-    """Return rows of codes, padded."""
-    return pad_sequence([torch.tensor(row, dtype=torch.int8) for row in codes], batch_first=True, padding_value=PADDING)
-
-
-def by_segments(ids: Tensor, mask: Tensor, audio: set[int], kinds: Sequence[int]) -> Tensor:
-    """Return codes where the i-th segment of audio ids of a sample is ``kinds[i]`` (the last for all that follow)."""
-    coded = []
-    for row, real in zip(ids.tolist(), mask.sum(1).tolist()):
-        segment, inside, codes = -1, False, []
-        for token in row[:real]:
-            segment += token in audio and not inside
-            inside = token in audio
-            codes.append(kinds[min(segment, len(kinds) - 1)] if inside else TEXT)
-        coded.append(codes)
-    return rows(coded)
-
-
-def higgs(batch: dict[str, Any]) -> Tensor:
-    """A sample is a prompt with a reference, then an answer with its target."""
-    convert = CASES["higgs_audio_v2"].tokenizer().convert_tokens_to_ids
-    audio = {convert("<|AUDIO_OUT|>"), convert("<|audio_delay|>")}
-    return by_segments(batch["input_ids"], batch["attention_mask"], audio, [REFERENCE, AUDIO])
-
-
-def listener(name: str) -> Callable[[dict[str, Any]], Tensor]:
-    """All audio is input."""
-
-    def code(batch: dict[str, Any]) -> Tensor:
-        token = CASES[name].tokenizer().convert_tokens_to_ids(CASES[name].audio_token)
-        return by_segments(batch["input_ids"], batch["attention_mask"], {token}, [AUDIO])
-
-    return code
-
-
-def expanded(batch: dict[str, Any]) -> Tensor:
-    """Write out each sample of the original: the clip's pooled frames and its codes are reference, what is to be learnt is audio."""
-    convert = original_training.tokenizer().convert_tokens_to_ids
-    clips = iter(batch["audio_feature_attention_mask"].sum(1).tolist())
-    ends = {name: [*batch[f"{name}_start"].tolist()[1:], batch[name].shape[1]] for name in ("audio_in_ids", "audio_out_ids")}
-    sizes = {name: iter([end - start for start, end in zip(batch[f"{name}_start"].tolist(), ends[name])]) for name in ends}
-    coded = []
-    for row, real in zip(batch["input_ids"].tolist(), batch["attention_mask"].sum(1).tolist()):
-        codes: list[int] = []
-        for token in row[:real]:
-            if token == convert("<|AUDIO|>"):
-                after_conv = (next(clips) + 1) // 2
-                codes += [REFERENCE] * (after_conv // 2 + next(sizes["audio_in_ids"]))
-            elif token == convert("<|AUDIO_OUT|>"):
-                codes += [AUDIO] * next(sizes["audio_out_ids"])
-            else:
-                codes.append(TEXT)
-        coded.append(codes)
-    return rows(coded)
-
-
-EARLY = {"higgs_audio_v2": higgs, "voxtral": listener("voxtral")}
-if not qwen2_audio.EXPANDS:
-    EARLY["qwen2_audio"] = listener("qwen2_audio")
+EARLY = [name for name in ("higgs_audio_v2", "voxtral", *(() if qwen2_audio.EXPANDS else ("qwen2_audio",))) if name in CASES]
 
 
 @pytest.mark.parametrize("variant", ["plain", "checkpointing", "accumulation"])
-@pytest.mark.parametrize("name", [name for name in EARLY if name in CASES])
+@pytest.mark.parametrize("name", EARLY)
 def test_tokens_as_the_samples_were_made(name: str, variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """In real training every joint layer is told, before it runs, what the construction of the samples says of each position."""
     asked, _, _ = ask(CASES[name], monkeypatch, **VARIANTS[variant])
     assert len(asked) == 2 * VARIANTS[variant].get("gradient_accumulation_steps", 1)
     for each in asked:
-        expected = EARLY[name](each.batch)
+        expected = by_hand(CASES[name], each.batch)
         assert int((expected >= AUDIO).sum()) > 10
         for site in CASES[name].attention["joint"]:
             query, key = each.early[site]
@@ -163,7 +106,7 @@ def test_tokens_that_the_original_expands(variant: str, monkeypatch: pytest.Monk
     assert found.mask_takers == ("model.layers.0", "model.layers.1")
     kinds: set[int] = set()
     for each in asked:
-        expected = expanded(each.batch)
+        expected = by_hand(CASES["original"], each.batch)
         kinds |= set(expected.unique().tolist())
         for site in CASES["original"].attention["joint"]:
             assert each.early[site] == (None, None)
@@ -191,7 +134,7 @@ def test_frames_and_tokens_of_whisper(monkeypatch: pytest.MonkeyPatch) -> None:
     asked, _, _ = ask(case, monkeypatch)
     for each in asked:
         labels = each.batch["labels"]
-        text = rows([[TEXT] * int((row != -100).sum()) for row in labels])
+        text = rows_of([[TEXT] * int((row != -100).sum()) for row in labels])
         for site in case.attention["decoder"]:
             query, key = each.early[site]
             assert query is not None
@@ -244,11 +187,12 @@ def test_tokens_that_only_the_layers_are_told(variant: str, monkeypatch: pytest.
     case = CASES["higgs_audio_v2"]
     asked, records, found = ask(renamed(case, VARIANTS[variant].get("gradient_checkpointing_kwargs")), monkeypatch)
     layers = {"model.model.layers.0", "model.model.layers.1"}
-    assert set(found.mask_takers) == set(found.watched) == layers
+    assert set(found.mask_takers) == layers
+    assert layers <= set(found.watched)
     assert not layers & {site.name for site in found.sites.sites}
     assert not layers & {row.site for record in records for row in record.statistics}
     for each in asked:
-        expected = higgs({**each.batch, "input_ids": each.batch["words"], "attention_mask": each.batch["kept"]})
+        expected = by_hand(case, {**each.batch, "input_ids": each.batch["words"], "attention_mask": each.batch["kept"]})
         assert int((expected == REFERENCE).sum()) > 5
         for name in case.attention["joint"]:
             query, key = each.early[f"model.{name}"]
@@ -280,7 +224,7 @@ REASONS = {
 def test_why_there_is_no_reference(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The reason that stands ready, should no mass on reference audio come out."""
     asked, _, _ = ask(CASES[name], monkeypatch)
-    assert [each.why for each in asked] == [REASONS[name]] * 2
+    assert [each.totals.reasons.get(TO_REFERENCE[0]) for each in asked] == [REASONS[name]] * 2
 
 
 FACTS = ModelFacts("Any", "any", False, 32, 2, (("audio_token_id", 7),), (7,), 1)
@@ -303,22 +247,38 @@ def call_of(name: str, micro: MicroBatch, site: Site | None = None, **kwargs: An
 def test_a_speaker_without_labels_of_audio() -> None:
     """Everything stays audio, and the reason says that nothing tells the two apart; text labels are no labels of audio."""
     ids = torch.tensor([[1, 7, 7, 2, 7]])
-    micro, buffer, _ = entered(input_ids=ids, labels=ids)
+    micro, buffer, watcher = entered(input_ids=ids, labels=ids)
     query, _ = modalities(call_of("layer", micro, JOINT), (1, 4, 5, 5))
     assert query is not None
     assert query.tolist() == [[TEXT, AUDIO, AUDIO, TEXT, AUDIO]]
+    watcher.leave(call_of("", micro), buffer)
     assert {buffer.totals.reasons[name] for name in TO_REFERENCE} == {"no audio labels among the inputs tell reference from target"}
+
+
+def why(facts: ModelFacts, sites: Sequence[Site], **inputs: Tensor) -> str | None:
+    """Return the reason that stands when a root without output has returned."""
+    micro, buffer, watcher = entered(facts, sites, **inputs)
+    watcher.leave(call_of("layer", micro, JOINT), buffer)
+    assert not buffer.totals.reasons
+    watcher.leave(call_of("", micro), buffer)
+    return buffer.totals.reasons.get(TO_REFERENCE[0])
 
 
 def test_reasons_go_by_what_the_model_is() -> None:
     """Given by definition, no label is asked for; cross-attention beside joint attention in a decoder-only model is no reason."""
     given = replace(FACTS, audio_tokens=(("audio_in_token_idx", 7), ("audio_out_token_idx", 8)))
-    _, buffer, _ = entered(given, input_ids=torch.ones(1, 5, dtype=torch.int64))
-    assert buffer.totals.reasons[TO_REFERENCE[0]] == REASONS["original"]
-    _, buffer, _ = entered(FACTS, [JOINT, replace(JOINT, name="other", kind="cross")], input_ids=torch.ones(1, 5, dtype=torch.int64))
-    assert buffer.totals.reasons[TO_REFERENCE[0]] == "no audio labels among the inputs tell reference from target"
-    _, buffer, _ = entered(FACTS, [replace(JOINT, kind="decoder")], input_ids=torch.ones(1, 5, dtype=torch.int64))
-    assert not buffer.totals.reasons
+    ids = torch.ones(1, 5, dtype=torch.int64)
+    assert why(given, [JOINT], input_ids=ids) == REASONS["original"]
+    both = [JOINT, replace(JOINT, name="other", kind="cross")]
+    assert why(FACTS, both, input_ids=ids) == "no audio labels among the inputs tell reference from target"
+    assert why(FACTS, [replace(JOINT, kind="decoder")], input_ids=ids) is None
+
+
+def test_no_reason_where_no_token_is_known() -> None:
+    """Where nothing told which token is audio, the layers say that; labels are beside the point."""
+    embeds = torch.zeros(1, 5, 8)
+    assert why(FACTS, [JOINT], inputs_embeds=embeds, audio_labels=torch.zeros(1, 5, 2, dtype=torch.int64)) is None
+    assert why(replace(FACTS, codebooks=0), [JOINT], inputs_embeds=embeds) == REASONS["voxtral"]
 
 
 def test_answers_only_for_tokens_of_that_shape() -> None:

@@ -46,6 +46,10 @@ class _Known:
     layers: Tensor | None = None
     late: list[Tensor | None] | None = None
 
+    def told(self) -> bool:
+        """Tell whether the modality of any tokens is known."""
+        return any(codes is not None for codes in (self.tokens, self.layers, *(self.late or ())))
+
     def of_tokens(self, samples: int, length: int) -> Tensor | None:
         """Return the codes of (``samples``, ``length``) tokens, if those that are known have that shape."""
         return next((codes for codes in (self.tokens, self.layers) if codes is not None and tuple(codes.shape) == (samples, length)), None)
@@ -81,9 +85,6 @@ class ModalityWatcher(Watcher):
             # Frames now, not when the encoder has run: SpecAugment overwrites the features in place.
             tokens, frames = token_modality(micro, self._facts, self._roles), sounding_frames(micro)
             micro.scratch[_KNOWN] = _Known(self._roles, tokens, frames)
-            why = self._why_no_reference(micro)
-            for metric in TO_REFERENCE if why else ():
-                buffer.totals.omit(metric, why)
             return
         known: _Known | None = micro.scratch.get(_KNOWN)
         if known is None or known.layers is not None:
@@ -94,12 +95,17 @@ class ModalityWatcher(Watcher):
             known.layers = layer_modality(arguments, micro, self._facts, self._roles)
 
     def leave(self, call: Call, buffer: StepBuffer) -> None:
-        """At the root, let go: observers that stand behind this one have asked by now."""
-        if call.site.name == "":
-            call.micro.scratch.pop(_KNOWN, None)
+        """At the root, say why there may be no reference, and let go: observers that stand behind this one have asked by now."""
+        known: _Known | None = call.micro.scratch.pop(_KNOWN, None) if call.site.name == "" else None
+        why = self._why_no_reference(known, call.micro) if known is not None else ""
+        for metric in TO_REFERENCE if why else ():
+            buffer.totals.omit(metric, why)
 
-    def _why_no_reference(self, micro: MicroBatch) -> str:
-        """Return the reason to show if no mass on reference audio comes out of this step; "" where the attention layers say better."""
+    def _why_no_reference(self, known: _Known, micro: MicroBatch) -> str:
+        """Return the reason to show if no mass on reference audio comes out of this step; "" where the attention layers say better.
+
+        They do where nothing has told the modality of their tokens.
+        """
         kinds = {site.kind for site in self._attention}
         if self._facts.encoder_decoder and "cross" in kinds:
             return _CROSS
@@ -107,6 +113,8 @@ class ModalityWatcher(Watcher):
             return ""
         if not self._roles.predicts:
             return _ALL_INPUT
+        if not known.told():
+            return ""
         return _ALL_TARGET if self._roles.given or labels_of_audio(micro.inputs, self._roles) else _NO_LABELS
 
 
