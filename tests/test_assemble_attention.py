@@ -119,6 +119,8 @@ def test_reasons() -> None:
     why = "the model predicts no audio"
     _, draft = assembled({"a": ("joint", cell(entropy=(1.0, 1.0)))}, reasons={"probe/attention/text_to_reference": why})
     assert draft.reasons["probe/attention/text_to_reference"] == why
+    _, draft = assembled({"a": ("joint", cell(entropy=(1.0, 1.0)))}, reasons={"probe/attention/coverage": why})
+    assert draft.reasons["probe/attention/coverage"] == why != draft.reasons["probe/attention/monotonicity"]
     _, draft = assembled({"a": ("decoder", cell(entropy=(1.0, 1.0)))})
     assert draft.reasons["probe/attention/coverage"] == "no attention layer has text rows over audio keys"
     assert "probe/attention/sink" not in draft.reasons, "a layer without a sink lacks nothing"

@@ -45,7 +45,8 @@ def attention(draft: Draft) -> tuple[Attention, ...]:
         draft.measure(name, _mean(joint, what), reason)
     over_audio = [row for row in rows if row.kind in ("cross", "joint")]
     for what in WALKS:
-        draft.measure(f"probe/attention/{what}", _mean(over_audio, what), _why_no_walk(draft, over_audio, why))
+        name = f"probe/attention/{what}"
+        draft.measure(name, _mean(over_audio, what), draft.host.reasons.get(name) or _why_no_walk(draft, over_audio, why))
     return rows
 
 
