@@ -17,12 +17,13 @@ from models.running import VARIANTS, assert_identical, run
 from probe.capture.buffer import StepBuffer
 from probe.capture.microbatch import MicroBatch
 from probe.capture.observer import Call, Watcher
-from probe.capture.observers.modality import TO_REFERENCE, ModalityWatcher, late_modality, modalities
+from probe.capture.observers.modality import MASSES, TO_REFERENCE, ModalityWatcher, late_modality, modalities
 from probe.capture.totals import Totals
+from probe.measure.rows import choose_rows
 from probe.records import Site, StepRecord
 from probe.sites.discovery import Discovery, discover
 from probe.sites.facts import ModelFacts
-from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT
+from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT, UNKNOWN
 from waiting import NoWaiting
 from watching import observed_run
 
@@ -279,6 +280,36 @@ def test_no_reason_where_no_token_is_known() -> None:
     embeds = torch.zeros(1, 5, 8)
     assert why(FACTS, [JOINT], inputs_embeds=embeds, audio_labels=torch.zeros(1, 5, 2, dtype=torch.int64)) is None
     assert why(replace(FACTS, codebooks=0), [JOINT], inputs_embeds=embeds) == REASONS["voxtral"]
+
+
+def test_audio_at_places_that_nobody_names() -> None:
+    """Audio stands among the tokens and the config names no token for it: padding is known, no token is called text, and it is said."""
+    silent = replace(FACTS, audio_tokens=(), audio_placeholders=())
+    given = {"input_ids": torch.tensor([[4, 5, 6, 0], [4, 5, 0, 0]]), "attention_mask": torch.tensor([[1, 1, 1, 0], [1, 1, 0, 0]])}
+    micro, buffer, watcher = entered(silent, **given)
+    codes, _ = modalities(call_of("layer", micro, JOINT), (2, 4, 4, 4))
+    assert codes is not None
+    assert codes.tolist() == [[UNKNOWN] * 3 + [PADDING], [UNKNOWN] * 2 + [PADDING] * 2]
+    choice = choose_rows(codes, rows=8)
+    taken = [sorted(row[weight > 0].tolist()) for row, weight in zip(choice.index_BR, choice.weight_BR)]
+    assert taken == [[0, 1, 2], [0, 1]]
+    watcher.leave(call_of("", micro), buffer)
+    reason = "the config names no audio token, and no mask among the inputs tells which tokens are audio"
+    assert {buffer.totals.reasons[name] for name in MASSES} == {reason}
+    mask = torch.tensor([[False, True, True, False], [True, False, False, False]])
+    expected = [[TEXT, AUDIO, AUDIO, PADDING], [AUDIO, TEXT, PADDING, PADDING]]
+    for where in ("root", "layer"):
+        micro, buffer, watcher = entered(silent, **given, **({"speech_mask": mask} if where == "root" else {}))
+        watcher.enter(call_of("layers.0", micro, speech_mask=mask), buffer)
+        codes, _ = modalities(call_of("layer", micro, JOINT), (2, 4, 4, 4))
+        assert codes is not None
+        assert codes.tolist() == expected
+        watcher.leave(call_of("", micro), buffer)
+        assert set(buffer.totals.reasons) == set(TO_REFERENCE)
+    micro, buffer, _ = entered(silent, [replace(JOINT, kind="decoder")], **given)
+    codes, _ = modalities(call_of("layer", micro, replace(JOINT, kind="decoder")), (2, 4, 4, 4))
+    assert codes is not None
+    assert codes.tolist() == [[TEXT] * 3 + [PADDING], [TEXT] * 2 + [PADDING] * 2]
 
 
 def test_answers_only_for_tokens_of_that_shape() -> None:

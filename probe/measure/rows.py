@@ -34,8 +34,9 @@ class RowChoice:
 def choose_rows(modality_BS: Tensor, *, rows: int, salt: int = 0) -> RowChoice:
     """Choose about ``rows`` query rows over the whole batch, ``max(1, rows // B)`` a sample, all of a sample if it has no more.
 
-    Within a sample, text and audio get half of the slots each, and what one cannot fill goes to the other; a row stands for as
-    many of its modality in its sample as there are for each one taken. With a single slot a sample, text and audio are one stratum.
+    Within a sample, text (with what nobody knows to be audio) and audio get half of the slots each, and what one cannot fill goes to
+    the other; a row stands for as many of its modality in its sample as there are for each one taken. With a single slot a sample, text
+    and audio are one stratum.
     The choice is a hash of sample, position and ``salt`` (any integer, such as the step): the same everywhere for the same shapes, and
     the estimate is unbiased over salts.
 
@@ -47,7 +48,7 @@ def choose_rows(modality_BS: Tensor, *, rows: int, salt: int = 0) -> RowChoice:
     samples, queries = modality_BS.shape
     slots = min(queries, max(1, rows // max(1, samples)))
     with torch.no_grad():
-        text_BS, audio_BS = modality_BS == TEXT, modality_BS >= AUDIO
+        text_BS, audio_BS = (modality_BS != PADDING) & (modality_BS < AUDIO), modality_BS >= AUDIO
         if slots == 1:
             text_BS, audio_BS = modality_BS != PADDING, torch.zeros_like(audio_BS)
         hash_BS = hash_positions(samples, queries, salt, modality_BS.device)

@@ -21,6 +21,8 @@ from probe.sites.reference import INPUT_ONLY, AudioRoles, stands_for_given, unla
 if TYPE_CHECKING:
     from probe.sites.facts import ModelFacts
 
+UNKNOWN = -1
+"""A token, not padding, of which nobody says whether it is text or audio."""
 PADDING = 0
 TEXT = 1
 AUDIO = 2
@@ -59,6 +61,17 @@ def token_modality(micro: MicroBatch, facts: ModelFacts, roles: AudioRoles = INP
         parts += [("given" if token in roles.given else "all", ids_BS == token) for token in facts.audio_placeholders]
     like = ids_BS if ids_BS is not None else next(iter(masks.values()))
     return _hide(_painted(like, parts, inputs, roles), _tensor(micro, "attention_mask", 2))
+
+
+def tokens_tell_audio(micro: MicroBatch, facts: ModelFacts) -> bool:
+    """Tell whether :func:`token_modality` knew what to look for: ids of audio placeholders, or a mask. Else all it says is what is padding.
+
+    Looks at names and shapes only.
+    """
+    inputs = micro.inputs
+    ids_BS = inputs.get("input_ids")
+    shape_BS = tuple(ids_BS.shape) if isinstance(ids_BS, Tensor) else _tokens_shape(inputs)
+    return bool(facts.audio_placeholders) or bool(audio_masks(inputs, shape_BS))
 
 
 def layer_modality(arguments: Mapping[str, Any], micro: MicroBatch, facts: ModelFacts, roles: AudioRoles = INPUT_ONLY) -> Tensor | None:

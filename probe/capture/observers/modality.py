@@ -17,14 +17,26 @@ from probe.capture.observer import Call, Watcher
 from probe.records import Site
 from probe.sites.audio_masks import audio_masks
 from probe.sites.facts import ModelFacts
-from probe.sites.modality import fold_frames, layer_modality, output_modality, sounding_frames, token_modality
+from probe.sites.modality import (
+    TEXT,
+    UNKNOWN,
+    fold_frames,
+    layer_modality,
+    output_modality,
+    sounding_frames,
+    token_modality,
+    tokens_tell_audio,
+)
 from probe.sites.reference import AudioRoles, audio_roles, labels_of_audio
 
 TO_REFERENCE = ("probe/attention/text_to_reference", "probe/attention/audio_to_reference")
+_PAIRS = ("text_to_text", "text_to_audio", "audio_to_text", "audio_to_audio")
+MASSES = (*(f"probe/attention/{pair}" for pair in _PAIRS), *TO_REFERENCE)
 _KNOWN = "modality"
 _CROSS = "the decoder reads the audio through cross-attention"
 _ALL_INPUT = "the model predicts no audio: all its audio is input, see text_to_audio"
 _NO_LABELS = "no audio labels among the inputs tell reference from target"
+_NO_AUDIO_NAMED = "the config names no audio token, and no mask among the inputs tells which tokens are audio"
 _ALL_TARGET = "no run of audio in this step is without labels"
 
 
@@ -34,7 +46,7 @@ class _Known:
 
     Attributes:
         roles: What the model's audio may be.
-        tokens: Codes of the tokens as the root was given them, (B, S) int8.
+        tokens: Codes of the tokens as the root was given them, (B, S) int8; where audio stands among them and nobody says where, UNKNOWN.
         frames: Which feature frames sound, (C, T) bool.
         layers: Codes of the tokens as a decoder layer's arguments tell them, (B, S) int8.
         late: Codes of the tokens as the root's output tells them, in a list of one once it was asked.
@@ -46,13 +58,17 @@ class _Known:
     layers: Tensor | None = None
     late: list[Tensor | None] | None = None
 
+    def late_told(self) -> bool:
+        """Tell whether the root's output was asked and told the modality of its tokens."""
+        return any(codes is not None for codes in self.late or ())
+
     def told(self) -> bool:
         """Tell whether the modality of any tokens is known."""
-        return any(codes is not None for codes in (self.tokens, self.layers, *(self.late or ())))
+        return self.tokens is not None or self.layers is not None or self.late_told()
 
     def of_tokens(self, samples: int, length: int) -> Tensor | None:
         """Return the codes of (``samples``, ``length``) tokens, if those that are known have that shape."""
-        return next((codes for codes in (self.tokens, self.layers) if codes is not None and tuple(codes.shape) == (samples, length)), None)
+        return next((codes for codes in (self.layers, self.tokens) if codes is not None and tuple(codes.shape) == (samples, length)), None)
 
     def of_frames(self, samples: int, length: int) -> Tensor | None:
         """Return the codes of (``samples``, ``length``) frames of the encoder, if the feature frames fold to that."""
@@ -84,6 +100,8 @@ class ModalityWatcher(Watcher):
         if call.site.name == "":
             # Frames now, not when the encoder has run: SpecAugment overwrites the features in place.
             tokens, frames = token_modality(micro, self._facts, self._roles), sounding_frames(micro)
+            if tokens is not None and self._audio_is_hidden(micro):
+                tokens = tokens.masked_fill(tokens == TEXT, UNKNOWN)
             micro.scratch[_KNOWN] = _Known(self._roles, tokens, frames)
             return
         known: _Known | None = micro.scratch.get(_KNOWN)
@@ -91,15 +109,24 @@ class ModalityWatcher(Watcher):
             return
         arguments = by_name(call.module.forward, call.args, call.kwargs)
         mask = next(iter(audio_masks(arguments).values()), None)
-        if mask is not None and (known.tokens is None or mask.shape != known.tokens.shape):
+        if mask is not None and (known.tokens is None or mask.shape != known.tokens.shape or self._audio_is_hidden(micro)):
             known.layers = layer_modality(arguments, micro, self._facts, self._roles)
 
     def leave(self, call: Call, buffer: StepBuffer) -> None:
         """At the root, say why there may be no reference, and let go: observers that stand behind this one have asked by now."""
         known: _Known | None = call.micro.scratch.pop(_KNOWN, None) if call.site.name == "" else None
-        why = self._why_no_reference(known, call.micro) if known is not None else ""
+        if known is None:
+            return
+        if known.layers is None and not known.late_told() and self._audio_is_hidden(call.micro):
+            for metric in MASSES:
+                buffer.totals.omit(metric, _NO_AUDIO_NAMED)
+        why = self._why_no_reference(known, call.micro)
         for metric in TO_REFERENCE if why else ():
             buffer.totals.omit(metric, why)
+
+    def _audio_is_hidden(self, micro: MicroBatch) -> bool:
+        """Tell whether audio stands among the root's tokens at places that its inputs do not tell."""
+        return any(site.kind == "joint" for site in self._attention) and not tokens_tell_audio(micro, self._facts)
 
     def _why_no_reference(self, known: _Known, micro: MicroBatch) -> str:
         """Return the reason to show if no mass on reference audio comes out of this step; "" where the attention layers say better.
