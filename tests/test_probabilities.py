@@ -106,6 +106,10 @@ def test_half_precision_is_recomputed_from_the_very_values(dtype: torch.dtype) -
 def test_autocast_rounds_the_arguments_and_nothing_else() -> None:
     """With ``autocast_dtype`` q and k count as the kernel gets them, and a surrounding autocast does not reach the computation."""
     q, k = normal(B, H, S, 64, seed=14) * 3, normal(B, H, K, 64, seed=15)
+    mask = normal(B, 1, S, K, seed=16) * 3
+    masked = recompute(q, k, autocast_dtype=torch.bfloat16, mask=mask)
+    expected = reference(q.bfloat16(), k.bfloat16(), attn_mask=mask.bfloat16().double())
+    torch.testing.assert_close(masked.p_BHRK.double(), expected, atol=1e-5, rtol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rows = recompute(q, k, autocast_dtype=torch.bfloat16)
         plain = recompute(q, k)

@@ -59,13 +59,14 @@ def check_masks(scores: Scores) -> None:
 
 def differs_by_head(scores: Scores) -> bool:
     """Tell whether heads may see different keys, as far as that is known without evaluating a mask function."""
-    return scores.may is not None or any(
-        m is not None and m.dim() == 4 and m.shape[1] > 1 and m.stride(1) for m in (scores.mask, scores.bias)
-    )
+    mask = scores.mask
+    return scores.may is not None or (mask is not None and mask.dim() >= 3 and mask.shape[-3] > 1 and mask.stride(-3) != 0)
 
 
 def mask_rows(scores: Scores, index_br: Tensor, b: slice, h: slice) -> tuple[Tensor | None, Tensor | None]:
-    """Return what is added to the scores of the rows, and where they may attend: (b or 1, m, r, K) each, or ``None`` for nothing.
+    """Return what is added to the scores of the rows, and where they may attend, or ``None`` for nothing.
+
+    Both broadcast to (b, h, r, K); they are as small as what was given allows.
 
     Args:
         scores: The call.
@@ -104,8 +105,6 @@ def mask_rows(scores: Scores, index_br: Tensor, b: slice, h: slice) -> tuple[Ten
     together = None
     for one in may:
         together = one if together is None else together & one
-    if together is not None:
-        together = together.expand(-1, -1, index_br.shape[1], keys)
     return (added[0] + added[1] if len(added) == 2 else added[0] if added else None), together
 
 
@@ -130,7 +129,7 @@ def _rows_of(mask: Tensor, scores: Scores, index_br: Tensor, b: slice, h: slice)
     if mask.stride(1) == 0:  # the same mask for every head, expanded by the model
         mask = mask[:, :1]
     mask = mask[b if mask.shape[0] > 1 else slice(None), h if mask.shape[1] > 1 else slice(None), :, :keys]
-    if mask.shape[2] == queries and queries > 1:
+    if mask.shape[2] == queries:
         heads, width = mask.shape[1], mask.shape[3]
         mask = mask.expand(index_br.shape[0], -1, -1, -1).gather(2, index_br[:, None, :, None].expand(-1, heads, -1, width))
     return mask
