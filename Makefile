@@ -6,6 +6,7 @@
 #   make test-oldest  run the tests with the oldest one only
 #   make check        lint, format, types, the documentation and its examples
 #   make format       put the source into the format that "make check" asks for
+#   make exactness    measure attention, heads and loss audit against independent references; writes docs/exactness.md
 #   make clean        remove what these commands made
 #
 # Variables:
@@ -24,7 +25,7 @@ DEMO_OUTPUT := demo-output
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-matrix test-middle test-oldest check lint types docs format clean
+.PHONY: demo test test-matrix test-middle test-oldest check lint types docs format exactness clean
 
 demo: .venv/.demo
 	rm -rf $(DEMO_OUTPUT)
@@ -64,6 +65,9 @@ ifneq ($(wildcard benchmarks/__main__.py),)
 bench: .venv/.dev
 	.venv/bin/python -m benchmarks
 endif
+
+exactness: .venv/.dev
+	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.exactness
 
 clean:
 	rm -rf .venv .venv-middle .venv-oldest $(DEMO_OUTPUT) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache trainer_probe.egg-info

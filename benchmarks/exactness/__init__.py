@@ -1,0 +1,1 @@
+"""How exact the probe is: attention, head scores and the loss audit against independent references, as tables in docs/exactness.md."""
