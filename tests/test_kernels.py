@@ -360,7 +360,7 @@ def blind_attention(scale_by: float = 1.0) -> Callable[..., Any]:
             scale = (q.shape[3] ** -0.5 if scaling is None else scaling) * scale_by
             return F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=True).transpose(1, 2).nan_to_num()
 
-        return flash_stand_in._Blind.apply(compute, query, key, value), None
+        return flash_stand_in.Blind.apply(compute, query, key, value), None
 
     return attention
 
