@@ -359,6 +359,25 @@ def test_what_is_foretold_comes_before_what_might_be() -> None:
     assert "forward takes **kwargs" in only(explain(figures(2 * value, expected, settings=two, reduction=WHISPER)))
 
 
+def test_a_foretold_slip_comes_before_any_other_kind() -> None:
+    """A shift that the smoother is known to leave out explains the same number as a division would, and is given."""
+    halved = {name: value / SLIPS["shift_less"] / 2 if name.startswith("shift_less") and "labelled" not in name else value
+              for name, value in columns().items()}  # fmt: skip
+    smoothed = expectation(terms=(TermSums(1.0, halved, 40.0),), smoothing=0.1)
+    value = smoothed.value()
+    assert value is not None
+    assert "does not shift the labels" in only(explain(figures(value / 2, smoothed, settings=replace(SETTINGS, smoothing=0.1))))
+    assert "divided by the 2 micro-batches" in only(explain(figures(value / 2, smoothed)))
+
+
+def test_three_slips_at_once_are_not_believed() -> None:
+    """So many that nothing foretells would fit almost any number."""
+    value = expectation(smoothing=0.1).value(variant="shift_more")
+    assert value is not None
+    assert only(explain(figures(2 * value))).startswith("something adds")
+    assert len(explain(figures(value))) == 2
+
+
 @pytest.mark.parametrize(
     ("expected", "words"),
     [

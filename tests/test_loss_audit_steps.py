@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import models
 from probe.assemble.draft import Draft, RunContext
 from probe.assemble.loss_audit import LOGGED, RATIO, loss_audit
 from probe.assemble.text import Decoder
+from probe.capture.breaker import Breaker
 from probe.capture.cells import CellValues
 from probe.capture.microbatch import MicroBatch
 from probe.capture.observers.head_cells import HEAD_COLUMNS, audit_cell, head_cell
@@ -20,6 +22,7 @@ from probe.capture.observers.statistics import statistics_cell
 from probe.foreign.trainer_loss import LossSettings
 from probe.measure.variants import COLUMNS
 from probe.merge.packing import HostStep
+from probe.publication import Publisher
 from probe.records import LossAudit, Site
 from probe.sections.blocks import Facts, Note
 from probe.sections.loss_audit import loss_audit_blocks
@@ -272,3 +275,19 @@ def test_all_masked_shows_its_cause() -> None:
     assert isinstance(facts, Facts)
     assert isinstance(note, Note)
     assert (note.tone, note.text) == ("critical", "Loss audit: every label")
+
+
+@pytest.mark.parametrize(("logged", "told"), [((3, 2.5), 2.5), ((4, 2.5), None), (None, None)])
+def test_only_the_log_of_the_same_step_counts(logged: tuple[int, float] | None, told: float | None) -> None:
+    """A record that waited is not held against the log of a later step."""
+    given: list[float | None] = []
+
+    def record(measured: Any, *, logged: float | None) -> Any:
+        given.append(logged)
+        return replace(speech_record(), step=measured.step)
+
+    observation = SimpleNamespace(breaker=Breaker(print), record=record)
+    publisher = Publisher(observation, folder=None, terminal=None, sections=lambda step: (), keep=lambda made, seen: None)
+    publisher.expect(SimpleNamespace(step=3, forwards=1, kept={}))
+    publisher.publish(logged=logged)
+    assert given == [told]

@@ -112,6 +112,22 @@ def test_what_the_source_does_not_tell_is_said(module: nn.Module, why: str) -> N
     assert loss_mean(module) == (None, why)
 
 
+class Loops(nn.Module):
+    """Hands its labels to itself."""
+
+    @property
+    def again(self) -> nn.Module:
+        return self
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.again(x, labels=labels)
+
+
+def test_handing_on_has_an_end() -> None:
+    """Modules that hand labels on in a circle are given up on."""
+    assert loss_mean(Loops()) == (None, "Loops.forward calls no loss function that is known")
+
+
 def test_source_that_cannot_be_read() -> None:
     """A forward without source is no error."""
     module = Own()
