@@ -300,7 +300,7 @@ def test_audio_at_places_that_nobody_names() -> None:
     expected = [[TEXT, AUDIO, AUDIO, PADDING], [AUDIO, TEXT, PADDING, PADDING]]
     for where in ("root", "layer"):
         micro, buffer, watcher = entered(silent, **given, **({"speech_mask": mask} if where == "root" else {}))
-        watcher.enter(call_of("layers.0", micro, speech_mask=mask), buffer)
+        watcher.enter(call_of("layers.0", micro, **({"speech_mask": mask} if where == "layer" else {})), buffer)
         codes, _ = modalities(call_of("layer", micro, JOINT), (2, 4, 4, 4))
         assert codes is not None
         assert codes.tolist() == expected
