@@ -13,14 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from costs import peak_mib
 from probe.capture.buffer import StepBuffer
 from probe.capture.microbatch import MicroBatch
-from probe.capture.observer import Call
+from probe.capture.observer import Call, StepEnd
 from probe.capture.observers.head_cells import HEAD_COLUMNS, audit_sums, cells_of, head_cell, rank_means
 from probe.capture.observers.head_offered import score_offered
 from probe.capture.observers.head_scoring import Scored, whole
 from probe.capture.observers.head_tokens import TopTokens, rows_to_show, shown_tokens
 from probe.capture.observers.head_unseen import HeadEvaluator
+from probe.capture.observers.heads import HeadWatcher
+from probe.foreign.sharding import is_whole
 from probe.measure.heads import Logits
 from probe.measure.variants import COLUMNS, SUMS, VARIANTS
 from probe.records import Site
@@ -154,6 +157,16 @@ def test_a_head_that_its_feeder_does_not_fit() -> None:
     assert evaluated(TEXT, nn.Linear(8, 11), torch.randn(2, 0, 8), labels=labels[:, :0]) is None
 
 
+def test_positions_that_a_mask_names() -> None:
+    """How many positions a mask names cannot be known without waiting: not evaluated, and said."""
+    labels, mask = torch.zeros(2, 6, dtype=torch.int64), torch.tensor([True, True, False, True, True, True])
+    found = evaluated(TEXT, nn.Linear(8, 11), torch.randn(2, 6, 8), labels=labels, logits_to_keep=mask)
+    assert isinstance(found, NotAligned)
+    assert "by a mask" in found.reason
+    for keep in (0, 6, 9):  # all of them
+        assert named(evaluated(TEXT, nn.Linear(8, 11), torch.randn(2, 6, 8), labels=labels, logits_to_keep=keep))["labelled"] == 10
+
+
 def test_evaluation_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a device whose values the host cannot read, nothing is read, evaluating or taking what is offered."""
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device="cpu": False)  # which does not know that device
@@ -164,6 +177,117 @@ def test_evaluation_reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     found = evaluated(TEXT, head, hidden, labels=labels.to("meta"), logits_to_keep=torch.arange(600))
     assert isinstance(found, Scored), found
     assert isinstance(score_offered(TEXT, micro(output, labels=labels.to("meta")), FACTS), Scored)
+
+
+@pytest.mark.parametrize(("shape", "vocabulary"), [((4, 2_000), 262_144), ((2, 150_000), 32), ((3, 1_000), 6_000)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_memory_of_an_evaluation(shape: tuple[int, int], vocabulary: int, dtype: torch.dtype) -> None:
+    """Laying the labels, picking rows, evaluating the head on them and scoring takes at most 32 MiB."""
+    head, hidden, labels = nn.Linear(8, vocabulary, bias=False, dtype=dtype), torch.randn(*shape, 8, dtype=dtype), torch.zeros(shape).long()
+    assert isinstance(evaluated(TEXT, head, hidden, labels=labels), Scored)
+    with torch.no_grad():
+        assert peak_mib(lambda: evaluated(TEXT, head, hidden, labels=labels)) < 32
+
+
+def test_a_gradient_after_an_evaluation() -> None:
+    """Inside one autocast the cast of the weight that an evaluation made is not what the model's own next call goes on with."""
+    head, hidden, labels = nn.Linear(8, 11), torch.randn(2, 6, 8), torch.randint(0, 11, (2, 6))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            found = evaluated(TEXT, head, hidden, labels=labels)
+        logits = head(hidden)
+        F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten()).backward()
+    assert head.weight.grad is not None
+    expected = F.cross_entropy(logits.detach()[:, :-1].flatten(0, 1).double(), labels[:, 1:].flatten(), reduction="sum")
+    assert named(found)["cross_entropy"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_autocast_that_the_feeder_did_not_run_under() -> None:
+    """A body that ran without autocast has a head that does, too."""
+    head, hidden, labels = nn.Linear(8, 11), torch.randn(2, 6, 8), torch.randint(0, 11, (2, 6))
+    evaluator, opened = HeadEvaluator({"lm_head": head}, {"lm_head": "body"}, FACTS), micro({}, labels=labels)
+    evaluator.remember(Call(Site("body", "custom", ""), head, opened, (), {}, output=hidden))
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        found = evaluator.score(TEXT, opened, salt=3)
+    expected = F.cross_entropy(head(hidden).detach()[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    assert named(found)["cross_entropy"] == pytest.approx(float(expected), rel=1e-6)
+
+
+def test_what_is_whole() -> None:
+    """A weight is whole unless it is distributed, empty, or a vector that stands for a share; vectors that are nobody's share are."""
+
+    class DTensor(Tensor):
+        pass
+
+    marked, vector = nn.Parameter(torch.zeros(3, 4)), nn.Parameter(torch.zeros(12))
+    assert is_whole(marked)
+    assert is_whole(vector)
+    marked._fsdp_flattened = vector._fsdp_flattened = True
+    assert is_whole(marked)
+    assert not is_whole(vector)
+    assert not is_whole(torch.zeros(3, 4).as_subclass(DTensor))
+    assert not is_whole(nn.Parameter(torch.zeros(0)))
+
+
+def watcher(*sites: Site, facts: ModelFacts = FACTS) -> tuple[HeadWatcher, StepBuffer]:
+    found = HeadWatcher(sites, facts, evaluator=HeadEvaluator({}, {}, facts), keep_text=True)
+    buffer = StepBuffer(budget_bytes=1 << 20, cells=found.cells())
+    buffer.open(1)
+    return found, buffer
+
+
+def columns_of(buffer: StepBuffer, site: str) -> dict[str, float]:
+    return dict(zip(HEAD_COLUMNS, buffer.totals.sums[head_cell(site)].tolist(), strict=True))
+
+
+def leave(found: HeadWatcher, buffer: StepBuffer, site: Site, opened: MicroBatch, output: Any) -> None:
+    found.leave(Call(site, nn.Identity(), opened, (), {}, output=output), buffer)
+
+
+ROOT = Site("", "model", "")
+
+
+def test_logits_that_the_root_returns_are_changed_already() -> None:
+    """A softcap is not put twice on logits that are known only from the root's output."""
+    torch.manual_seed(4)
+    facts = replace(FACTS, logit_softcap=2.0)
+    found, buffer = watcher(TEXT, facts=facts)
+    raw, labels = 5 * torch.randn(2, 6, 11), torch.randint(0, 11, (2, 6))
+    changed = 2 * torch.tanh(raw / 2)
+    expected = F.cross_entropy(changed[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
+    for kept in (raw.clone(), None):
+        opened = MicroBatch(index=0)
+        leave(found, buffer, TEXT, opened, raw.clone() if kept is None else kept)
+        opened.output = {"logits": changed, "expanded_labels": labels}
+        before = columns_of(buffer, "lm_head")["cross_entropy"] if kept is None else 0.0
+        leave(found, buffer, ROOT, opened, opened.output)
+        assert columns_of(buffer, "lm_head")["cross_entropy"] - before == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_step_begins_without_the_counts_of_one_that_was_cut_off() -> None:
+    """When a step is tried again its first forward forgets what the first try had predicted."""
+    found, buffer = watcher(TEXT)
+    logits, labels = torch.eye(11)[None, :6], torch.zeros(1, 6, dtype=torch.int64)
+    for _ in range(2):
+        buffer.open(1)
+        opened = MicroBatch(index=0, kwargs={"labels": labels}, output={"logits": logits})
+        found.enter(Call(ROOT, nn.Identity(), opened, (), {}), buffer)
+        leave(found, buffer, TEXT, opened, logits)
+        leave(found, buffer, ROOT, opened, opened.output)
+    found.step_end(StepEnd(), buffer)
+    assert columns_of(buffer, "lm_head")["top_token"] == 1
+    assert columns_of(buffer, "lm_head")["top_token_rows"] == 5
+
+
+def test_log_probabilities_of_one_head_among_several() -> None:
+    """With two text heads nobody can tell whose log-probabilities the output offers."""
+    other = replace(TEXT, name="second_head")
+    for sites, labelled in (((TEXT,), 10), ((TEXT, other), 0)):
+        found, buffer = watcher(*sites)
+        found._evaluator = HeadEvaluator({site.name: nn.Identity() for site in sites}, {}, FACTS)
+        opened = micro(offered(5), labels=torch.zeros(2, 6, dtype=torch.int64))
+        leave(found, buffer, ROOT, opened, opened.output)
+        assert (columns_of(buffer, "lm_head")["labelled"] if labelled else len(buffer.totals.sums)) == labelled
 
 
 def test_shown_tokens() -> None:

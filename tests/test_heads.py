@@ -13,7 +13,7 @@ from torch import Tensor
 from costs import peak_mib
 from probe.capture.microbatch import MicroBatch
 from probe.errors import ProbeValueError
-from probe.measure.calibration import CALIBRATION, expected_calibration_error
+from probe.measure.calibration import CALIBRATION, calibration, expected_calibration_error
 from probe.measure.heads import COLUMNS, HeadScore, Logits, score, split_codebooks
 from probe.records import Site
 from probe.sites.facts import ModelFacts
@@ -214,6 +214,13 @@ def test_calibration_error() -> None:
             error += inside.double().mean().item() * abs((predicted == labels[kept])[inside].double().mean() - p[inside].mean()).item()
     assert expected_calibration_error(columns(score(logits, labels))) == pytest.approx(error, rel=1e-5)
     assert expected_calibration_error(dict.fromkeys(CALIBRATION, 0.0)) is None
+
+
+def test_the_ends_of_the_bins() -> None:
+    """A confidence of 0 is in the first bin, 1 and what rounding puts above it in the last, NaN in none."""
+    confidence = torch.tensor([0.0, 1 / 30, 1.0, 1.0000001, math.nan])
+    found = calibration(confidence, torch.ones(5, dtype=torch.bool), torch.ones(5, dtype=torch.bool))
+    assert found[:15].tolist() == [2, *[0] * 13, 2]
 
 
 def test_ties_in_bf16() -> None:

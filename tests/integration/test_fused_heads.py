@@ -374,6 +374,24 @@ def test_a_head_that_cannot_be_evaluated_alone() -> None:
         assert record.not_measured["probe/text/loss"].endswith("evaluated by itself (RuntimeError: only inside a kernel)")
 
 
+def test_a_forward_that_raises() -> None:
+    """When the root's forward raises nothing is evaluated: memory may be what it was short of."""
+
+    def failing(self: nn.Module, **kwargs: Any) -> Any:
+        like_liger(self, **kwargs)
+        raise MemoryError
+
+    model = fused(LLAMA, failing).build(SEED)
+    calls: list[str] = []
+    model.lm_head.forward = lambda x: calls.append("called") or F.linear(x, model.lm_head.weight)
+    batch = LLAMA.collate([LLAMA.dataset(3, 1)[index] for index in range(3)])
+    observed = probe.attach(model, every=1, settings=probe.Settings(terminal=False))
+    with pytest.raises(MemoryError), observed.step():
+        model(**batch)
+    observed.detach()
+    assert calls == []
+
+
 def test_a_share_of_the_weight() -> None:
     """Where this rank holds only a share of the weight (ZeRO-3 leaves it empty) nothing is computed with it."""
 

@@ -89,6 +89,8 @@ class HeadEvaluator:
         if hidden is None:
             return None
         states, width = _kept(hidden.states, micro), output_width(module)
+        if states is None:
+            return NotAligned(f"{why}, and of the positions that it was asked for, by a mask, only the device knows the number")
         if width is None or states.shape[-1] != (input_width(module) or states.shape[-1]):
             return NotAligned(f"{why}, and what feeds it, of shape {tuple(states.shape)}, does not go into it")
         aligned = align(states.new_zeros(()).expand(*states.shape[:-1], width), site=site, facts=self._facts, micro=micro)
@@ -176,7 +178,7 @@ def _forward(module: nn.Module, states_RD: Tensor, autocast: torch.dtype | None)
     with ExitStack() as stack:
         stack.enter_context(_without_dropout(module))
         if autocast is not None:
-            # Its cache would hand the graph-less cast of the weight to the model's own next call.
+            # Older torch would hand the graph-less cast of the weight, from its cache, to the model's own next call.
             stack.enter_context(torch.autocast(kind, dtype=autocast, cache_enabled=False))
         elif torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
@@ -199,14 +201,14 @@ def _without_dropout(module: nn.Module) -> Iterator[None]:
             each.training = True
 
 
-def _kept(states: Tensor, micro: MicroBatch) -> Tensor:
-    """Return the hidden states of those positions that the model was asked the logits of."""
+def _kept(states: Tensor, micro: MicroBatch) -> Tensor | None:
+    """Return the hidden states of those positions that the model was asked the logits of; ``None`` if a mask names them."""
     asked = asked_to_keep(micro.inputs)
     if asked is None or states.dim() < 3:
         return states
     if isinstance(asked[1], Tensor):
-        return Kept(asked[1]).of(states, 1) if is_index(asked[1]) else states
-    return states if not isinstance(asked[1], int) or not 0 < asked[1] < states.shape[1] else Kept(asked[1]).of(states, 1)
+        return Kept(asked[1]).of(states, 1) if is_index(asked[1]) else None
+    return Kept(asked[1]).of(states, 1) if isinstance(asked[1], int) and 0 < asked[1] < states.shape[1] else states
 
 
 def _key(feeder: str) -> str:
