@@ -41,11 +41,12 @@ def watch(
     budget: int = 1 << 20,
     calls: int = 1,
     forward: Callable[[Call], Any] | None = None,
+    say: Callable[[str], Any] = pytest.fail,
 ) -> StepBuffer:
     """Show the watcher one forward of a root with one layer, called some times; modalities are known at once, late, or never."""
     monkeypatch.setattr(watching, "modalities", lambda call, shape: (known, known))
     monkeypatch.setattr(watching, "late_modality", lambda micro, site: late)
-    breaker = Breaker(pytest.fail)
+    breaker = Breaker(say)
     watcher = AttentionWatcher([ROOT, SITE], breaker, rows=64)
     buffer = StepBuffer(budget_bytes=budget, sites=("layer",), cells=watcher.cells())
     buffer.open(1)
@@ -152,4 +153,32 @@ def test_an_empty_call_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A call without samples gives no numbers but the reason, and is counted."""
     buffer = watch(monkeypatch, forward=lambda call: call.module(*(part[:0] for part in call.args)))
     assert "an empty call: 0 samples" in buffer.totals.reasons["attention:layer"]
+    assert not buffer.totals.sums
+
+
+def test_a_layer_that_cannot_be_read_gives_its_bytes_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that were to wait, and could not be had, are named with their reason and take nothing of the budget."""
+
+    def forward(call: Call) -> None:
+        call.notes["attention"].report(lambda: FromScores(Scores(*call.args, may=lambda b, h, q, k: None)))
+
+    buffer = watch(monkeypatch, late=modality(), forward=forward)
+    assert "the mask function cannot be evaluated" in buffer.totals.reasons["attention:layer"]
+    assert buffer.bytes == watch(monkeypatch, calls=0).bytes
+
+
+def test_an_error_of_its_own_ends_the_watching(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error inside the probe is said once; calls after it are counted and no longer measured."""
+    said: list[str] = []
+    calls: list[int] = []
+
+    def fail(*given: Any, **named: Any) -> None:
+        calls.append(1)
+        raise RuntimeError("mine")
+
+    monkeypatch.setattr(watching, "describe", fail)
+    buffer = watch(monkeypatch, known=modality(), calls=3, say=said.append)
+    assert len(said) == len(calls) == 1
+    assert "attention switched off after RuntimeError: mine at layer" in said[0]
+    assert buffer.totals.counts["attention:layer"] == [3.0]
     assert not buffer.totals.sums

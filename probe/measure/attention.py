@@ -78,7 +78,7 @@ def describe(
     check_call(source.shape, choice, query_BS, key_BK)
     walks = walks and query_BS is not None and key_BK is not None
     heads, keys = source.shape[1], source.shape[3]
-    with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
+    with torch.no_grad():
         sight = look(lambda r: source.visible(choice.index_BR[:, r]), choice, keys, query_BS, key_BK, walks=walks)
         weight_BRQ = sight.row_weights(sinks=bool(source.sinks), distances=self_attention)
         shape_BRQ, mass_BRQ = weight_BRQ[..., : len(SHAPE)], weight_BRQ[..., len(SHAPE) :]
@@ -109,7 +109,7 @@ def describe_later(source: RowSource, choice: RowChoice) -> HeadMeanRows:
     check_call(source.shape, choice, None, None)
     samples, heads, _, keys = source.shape
     rows = choice.index_BR.shape[1]
-    with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
+    with torch.no_grad():
         p_BRK = torch.zeros((samples, rows, keys), dtype=torch.float32, device=source.device)
 
         def keep(block: RowBlock, p_brhK: Tensor) -> None:
@@ -127,8 +127,7 @@ def finish_later(held: HeadMeanRows, query_modality_BS: Tensor | None, key_modal
     """
     check_call(held.shape, held.choice, query_modality_BS, key_modality_BK)
     keys = held.shape[3]
-    device = held.p_BRK.device.type
-    with torch.no_grad(), torch.autocast(device, enabled=False):
+    with torch.no_grad():
         sight = look(lambda r: held.visible_BRK[:, r], held.choice, keys, query_modality_BS, key_modality_BK, walks=False)
         weight_BRQ = sight.row_weights(sinks=held.sinks, distances=True)
         shape_BRQ, mass_BRQ = weight_BRQ[..., : len(SHAPE)], weight_BRQ[..., len(SHAPE) :]

@@ -14,13 +14,12 @@ from torch import Tensor
 from probe.measure import blocks
 from probe.measure.blocks import NotObservable
 from probe.measure.rows import RowChoice
-from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT
+from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT, UNKNOWN
 
 #: Columns of :meth:`Sight.columns`.
 GROUPS = ("padding", "text", "audio", "reference", "first", "place")
 #: Half the width of the diagonal band: in keys for self-attention, in shares of both lengths for cross-attention.
 BAND_KEYS, BAND_SHARE = 4, 0.1
-_UNKNOWN = -1
 _SEEN_BYTES = 16  # of one (row, key) pair that is counted
 _ROUNDING = 1e-6  # shares of keys are float32
 
@@ -125,7 +124,7 @@ def look(
     """
     samples, rows = choice.index_BR.shape
     device = choice.index_BR.device
-    unknown = torch.full((samples, 1), _UNKNOWN, dtype=torch.int8, device=device)
+    unknown = torch.full((samples, 1), UNKNOWN, dtype=torch.int8, device=device)
     query_BR = unknown.expand(-1, rows) if query_BS is None else query_BS.gather(1, choice.index_BR)
     codes_BK = unknown.expand(-1, keys) if key_BK is None else key_BK
     weight_BR = choice.weight_BR.double() * (query_BR != PADDING)
@@ -185,7 +184,9 @@ def _count(visible_BrK: Tensor, codes_BK: Tensor) -> Tensor:
     for b in _some(samples, keys * (_SEEN_BYTES + 4 * rows)):
         visible_brK = visible_BrK[b].float()
         kinds_bKM = (codes_BK[b, :, None] == kinds_M).float()
-        counts.append(torch.cat((visible_brK.sum(-1, keepdim=True), visible_brK @ kinds_bKM), -1))
+        with torch.autocast(visible_brK.device.type, enabled=False):
+            kinds_brM = visible_brK @ kinds_bKM
+        counts.append(torch.cat((visible_brK.sum(-1, keepdim=True), kinds_brM), -1))
     return counts[0] if len(counts) == 1 else torch.cat(counts)
 
 

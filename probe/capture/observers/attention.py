@@ -113,10 +113,7 @@ class AttentionWatcher(Watcher):
         if self._breaker.is_off(self.name):
             return
         name, totals = attention_cell(call.site.name), buffer.totals
-        samples, heads, queries, keys = source.shape
-        if not (samples and queries and keys):
-            totals.omit(name, f"an empty call: {samples} samples, {queries} queries, {keys} keys")
-            return
+        _, heads, _, keys = source.shape
         query_BS, key_BK = modalities(call, source.shape)
         choice = self._choice(call, source, query_BS, salt=buffer.step or 0)
         if not self._held(call, source, choice, buffer, known=query_BS is not None or key_BK is not None):
@@ -143,7 +140,11 @@ class AttentionWatcher(Watcher):
         nbytes = held_bytes(source.shape, choice)
         if not buffer.reserve(f"{attention_cell(call.site.name)}/{MODALITY}", nbytes):
             return False
-        rows = describe_later(source, choice)
+        try:
+            rows = describe_later(source, choice)
+        except Exception:
+            buffer.release(nbytes)
+            raise
         call.micro.scratch.setdefault(_HELD, []).append(_Held(call.site, rows, nbytes))
         return True
 
