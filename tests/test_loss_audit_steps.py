@@ -123,6 +123,10 @@ def test_a_step_that_agrees() -> None:
             "not audited: labels of shape (2, 3) does not lie over",
         ),
         (
+            {"loss": {"unscored": 1}},
+            "not audited: on 1 other ranks the predictions could not be laid over their labels",
+        ),
+        (
             {"head": {"labelled": 0}, "calls": {"calls": 0.0}},
             "not audited: lm_head was not called in any training forward of this step",
         ),

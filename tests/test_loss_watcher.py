@@ -51,7 +51,7 @@ def left(output: Any, batch: Mapping[str, Any] | None = None, kwargs: Mapping[st
 def test_losses_add_up() -> None:
     """Losses are summed in float64, a vector of one loss a device by its mean; the dtype is told."""
     found = returned((torch.tensor(1.5), None), (torch.tensor([2.0, 4.0]), None))
-    assert sums(found, CELL) == {"micro_batches": 2, "with_items": 0, "loss": 4.5, "items": 0, "nonfinite": 0}
+    assert sums(found, CELL) == {"micro_batches": 2, "with_items": 0, "unscored": 0, "loss": 4.5, "items": 0, "nonfinite": 0}
     assert found.totals.facts["loss_dtype"] == "float32"
     assert returned((torch.tensor(1.0, dtype=torch.bfloat16), None)).totals.facts["loss_dtype"] == "bfloat16"
 
@@ -149,6 +149,25 @@ def test_gradients_are_not_kept() -> None:
     found = returned((weight * 2, None))
     assert not found.totals.sums[CELL.name].requires_grad
     assert not left({"loss": weight * 2}).totals.sums[OUTPUT_CELL.name].requires_grad
+
+
+@pytest.mark.parametrize(
+    ("reasons", "unscored"),
+    [
+        ({}, 0),
+        ({"head:lm_head": "labels of shape (2, 42) does not lie over logits of shape (2, 60, 288)"}, 1),
+        ({"head:a": "labels do not lie", "head:b": "labels do not lie"}, 1),
+        ({"head:audio_head": "no audio labels among the inputs (looked for audio_labels)"}, 0),
+        ({"probe/loss": "training_step returned no tensor"}, 0),
+    ],
+)
+def test_other_ranks_hear_of_heads_that_could_not_be_scored(reasons: dict[str, str], unscored: int) -> None:
+    """Reasons stay on their rank; that there is one travels with the sums, once a rank."""
+    found = buffer()
+    for name, why in reasons.items():
+        found.totals.omit(name, why)
+    LossWatcher().step_end(StepEnd(), found)
+    assert sums(found, CELL)["unscored"] == unscored
 
 
 def test_learning_rates() -> None:

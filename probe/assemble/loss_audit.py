@@ -8,13 +8,12 @@ from probe.assemble.draft import Draft, ratio
 from probe.assemble.loss_causes import Figures, explain
 from probe.assemble.loss_terms import Expectation, TermSums
 from probe.capture.observers.head_cells import audit_cell, head_cell
-from probe.capture.observers.loss import CELL, OUTPUT_CELL
+from probe.capture.observers.loss import ABSENT, CELL, OUTPUT_CELL
 from probe.capture.observers.statistics import statistics_cell
 from probe.foreign.trainer_loss import LossSettings
 from probe.records import LossAudit
 from probe.sites.reduction import By, Reduction, Term
 
-_ABSENT = ("no labels among the inputs", "no audio labels among the inputs")  # as probe.sites.labels says it
 RATIO, LOGGED = "probe/loss_audit/ratio", "probe/loss_audit/logged_ratio"
 
 
@@ -90,13 +89,17 @@ def _why_not(draft: Draft, settings: LossSettings, reduction: Reduction) -> str:
     terms = _terms_with_labels(draft, reduction)
     if not terms:
         return "not audited: no labels among the inputs"
-    return next((reason for term in terms if (reason := _unscored(draft, term))), "")
+    mine = next((reason for term in terms if (reason := _unscored(draft, term))), "")
+    others = int(draft.count(CELL.name, "unscored"))
+    if others and not mine:
+        return f"not audited: on {others} other ranks the predictions could not be laid over their labels"
+    return mine
 
 
 def _unscored(draft: Draft, term: Term) -> str:
     """Say why a head's predictions do not tell its whole cross-entropy; "" if they do."""
     known = draft.host.reasons.get(f"head:{term.site}", "")
-    if known and not known.startswith(_ABSENT):  # labels that some micro-batches have and others do not are no gap
+    if known and not known.startswith(ABSENT):  # labels that some micro-batches have and others do not are no gap
         return f"not audited: {known}"
     sums = draft.host.cells[head_cell(term.site, term.codebook)].sums
     calls = draft.count(statistics_cell(term.site), "calls")

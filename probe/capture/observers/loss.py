@@ -14,14 +14,18 @@ from probe.capture.microbatch import MicroBatch, named_output
 from probe.capture.observer import Call, StepEnd, Watcher
 from probe.sites.labels import AUDIO_LABELS, IGNORED, TEXT_LABELS
 
+ABSENT = ("no labels among the inputs", "no audio labels among the inputs")
+"""How :mod:`probe.sites.labels` begins to say that a micro-batch has no labels for a head, which is no failure to score it."""
+
 CELL = Cell(
     "loss",
-    counts=("micro_batches", "with_items"),
+    counts=("micro_batches", "with_items", "unscored"),
     sums=("loss", "items", "nonfinite"),
     maxima=("first_nonfinite",),
 )
-"""What ``training_step`` returned: calls, and calls that were given ``num_items_in_batch``; sums of both; NaN or Inf losses, and the
-index of the first micro-batch that had one (as a minimum)."""
+"""What ``training_step`` returned: calls, and calls that were given ``num_items_in_batch``; ranks on which some head could not be scored
+(their reasons stay with them, and the sums of all ranks lack their labels); sums of loss and items; NaN or Inf losses, and the index of
+the first micro-batch that had one (as a minimum)."""
 
 OUTPUT_CELL = Cell(
     "loss:output",
@@ -82,7 +86,9 @@ class LossWatcher(Watcher):
         buffer.totals.tell("loss_dtype", str(loss.dtype).removeprefix("torch."))
 
     def step_end(self, end: StepEnd, buffer: StepBuffer) -> None:
-        """Tell the learning rates that this step uses."""
+        """Tell the learning rates that this step uses, and whether some head of this rank could not be scored in it."""
+        unscored = any(name.startswith("head:") and not why.startswith(ABSENT) for name, why in buffer.totals.reasons.items())
+        buffer.totals.add(CELL.name, counts=(0, 0, unscored))
         buffer.totals.tell("learning_rates", end.learning_rates)
 
 
