@@ -1,0 +1,70 @@
+"""Loss, gradients and conditioning of one step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class LossAudit:
+    """The loss that was backpropagated against the one put together from the captured predictions and labels.
+
+    ``backpropagated`` and ``expected`` are over all micro-batches, averaged over ranks; ``ratio`` is the first by the second. ``logged``
+    is what the Trainer's log said of this very step (only with ``logging_steps=1``). ``reduction`` says in words how ``expected`` was
+    put together; ``standard_error`` is that of ``expected`` where only some rows of a head were evaluated (0: all were). ``causes``
+    explains, most telling first, what is off; empty when nothing is.
+    """
+
+    backpropagated: float | None = None
+    expected: float | None = None
+    ratio: float | None = None
+    logged: float | None = None
+    reduction: str = ""
+    standard_error: float = 0.0
+    causes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """One part of the model (encoder, projector, heads, the rest): what trains in it and what gradient reached it.
+
+    ``parameters`` counts elements; ``trainable_share`` is the share of them with ``requires_grad``. ``without_gradient`` counts
+    parameter tensors that should train and received none. ``gradient_norm`` is the L2 norm before clipping.
+    """
+
+    name: str
+    parameters: int
+    trainable_share: float
+    without_gradient: int | None = None
+    gradient_norm: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What audio the model was conditioned on in one step, over all micro-batches and ranks.
+
+    ``encoder`` is the encoder's site name ("" if there is none). ``output_gradient_norm`` is the norm of the gradient that reached
+    the encoder's output. ``audio_codes`` counts positions of discrete audio codes among the inputs. ``tokens`` counts, by the
+    config's own name for it (``audio_token_id``, …), how often each special audio token stands in ``input_ids``.
+    """
+
+    encoder: str = ""
+    encoder_calls: int = 0
+    micro_batches_without_encoder: int = 0
+    output_gradient_norm: float | None = None
+    audio_codes: int | None = None
+    tokens: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Optimisation:
+    """The loss, the learning rate and the gradient norm of one step.
+
+    ``loss`` is what ``training_step`` returned, summed over the micro-batches and averaged over ranks. It is the number that was
+    backpropagated, except in transformers 4.46, which with accumulation k returns a k-th of it. ``gradient_norm`` is before
+    clipping, over all parameters that train.
+    """
+
+    loss: float | None = None
+    learning_rates: tuple[float, ...] = ()
+    gradient_norm: float | None = None
