@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
 import sys
 import threading
+import time
 import types
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -146,15 +148,16 @@ def test_windows_nest_in_any_order(modeling: types.ModuleType) -> None:
     assert state(modeling) == before
 
 
-def test_windows_of_two_threads(modeling: types.ModuleType) -> None:
-    """Windows that open and close in two threads at once leave every entry as it was."""
+def test_windows_of_several_threads(modeling: types.ModuleType) -> None:
+    """Windows that open and close in several threads at once leave every entry as it was."""
     before = state(modeling)
     used = layer(modeling, "theirs")
+    seen: list[Any] = []
 
     def work() -> None:
-        for _ in range(300):
+        for _ in range(200):
             with watched_kernels([used], used, run):
-                assert modeling.ALL_ATTENTION_FUNCTIONS["theirs"]()[2] == "theirs"
+                seen.append(modeling.ALL_ATTENTION_FUNCTIONS["theirs"]())
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
@@ -164,7 +167,33 @@ def test_windows_of_two_threads(modeling: types.ModuleType) -> None:
         [thread.join() for thread in threads]
     finally:
         sys.setswitchinterval(interval)
+    assert seen == [("theirs", "interface", "theirs")] * 800
     assert state(modeling) == before
+
+
+def test_two_windows_that_open_at_the_same_moment(modeling: types.ModuleType) -> None:
+    """A window that opens while another is just opening shares its stand-in: closing one leaves the other's in place."""
+    together = threading.Barrier(2, timeout=0.3)
+
+    class Meeting(dict[str, Any]):
+        def __setitem__(self, name: str, value: Any) -> None:
+            with contextlib.suppress(threading.BrokenBarrierError):
+                together.wait()
+            time.sleep(0.0 if threading.current_thread() is threading.main_thread() else 0.1)
+            super().__setitem__(name, value)
+
+    def work() -> None:
+        with watched_kernels([used], used, run):
+            pass
+
+    modeling.ALL_ATTENTION_FUNCTIONS = Meeting(theirs=theirs)  # type: ignore[attr-defined]
+    used = layer(modeling, "theirs")
+    thread = threading.Thread(target=work)
+    thread.start()
+    with watched_kernels([used], used, run):
+        thread.join()
+        assert isinstance(modeling.ALL_ATTENTION_FUNCTIONS["theirs"], WatchedKernel)
+    assert modeling.ALL_ATTENTION_FUNCTIONS["theirs"] is theirs
 
 
 def test_an_entry_that_somebody_replaced_meanwhile_is_left_alone(modeling: types.ModuleType) -> None:
@@ -194,7 +223,7 @@ def test_what_fails_while_it_opens_is_undone(modeling: types.ModuleType, monkeyp
 
 
 def test_a_replaced_forward_brings_its_own_globals(modeling: types.ModuleType) -> None:
-    """A forward that was written elsewhere (a patched or remote one) is looked through to the module it was written in."""
+    """A forward, or a registered kernel, that was written elsewhere is looked through to the module it was written in."""
     elsewhere = types.ModuleType("elsewhere")
     elsewhere.ALL_ATTENTION_FUNCTIONS = {"theirs": theirs}  # type: ignore[attr-defined]
     exec("def forward(self, x):\n    return x", vars(elsewhere))
@@ -208,6 +237,13 @@ def test_a_replaced_forward_brings_its_own_globals(modeling: types.ModuleType) -
     with watched_kernels([used], used, run):
         assert isinstance(elsewhere.ALL_ATTENTION_FUNCTIONS["theirs"], WatchedKernel)
     assert elsewhere.ALL_ATTENTION_FUNCTIONS["theirs"] is theirs
+    third = types.ModuleType("third")
+    exec(f"def kernel(*args, **kwargs):\n    return {FLASH}", vars(third))
+    setattr(third, FLASH, getattr(modeling, FLASH))
+    modeling.ALL_ATTENTION_FUNCTIONS["theirs"] = third.kernel
+    with watched_kernels([used], used, run):
+        assert isinstance(getattr(third, FLASH), WatchedKernel)
+    assert getattr(third, FLASH) is getattr(modeling, FLASH)
 
 
 @HAS_REGISTRY

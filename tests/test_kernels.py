@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 from transformers import modeling_flash_attention_utils as utils
 
 import flash_stand_in
-from flash_stand_in import VERSION, WINDOW_EXCESS
+from flash_stand_in import REAL, VERSION, WINDOW_EXCESS
 from probe.capture.kernels import from_flash, run_kernel
 from probe.capture.tap import AttentionTap
 from probe.foreign.attention_kernels import Convention, Kernel
-from probe.foreign.flash_call import FlashCall
+from probe.foreign.flash_call import FlashCall, flash_call
 from probe.foreign.function_modes import innermost
 from probe.measure.blocks import NotObservable, RowSource
 from probe.measure.output_check import CheckedRows
@@ -30,6 +31,9 @@ SINCE_4_48 = pytest.mark.skipif(VERSION < (4, 48), reason="this transformers has
 SINCE_4_55 = pytest.mark.skipif(VERSION < (4, 55), reason="this transformers does not ask what the kernel supports")
 
 B, H, h, K = 2, 4, 2, 8
+REAL_TOO = pytest.mark.parametrize(
+    "flash", [False, pytest.param(True, marks=pytest.mark.skipif(not REAL, reason="no GPU, or no flash_attn"), id="real")], indirect=True
+)
 
 
 def tensors(samples: int, queries: int, keys: int, *, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -43,9 +47,18 @@ def tensors(samples: int, queries: int, keys: int, *, seed: int = 0) -> tuple[Te
 def rows_of(source: RowSource) -> Tensor:
     """Return P (B, H, S, K) without the sink, and check that what is visible is what has probability."""
     samples, _, queries, keys = source.shape
-    rows = together(source, torch.arange(queries).expand(samples, queries))
-    assert torch.equal(rows.visible_BRK, (rows.p_BHRK[..., :keys] > 0).any(1))
+    rows = together(source, torch.arange(queries, device=source.device).expand(samples, queries))
+    assert torch.equal(rows.visible_BRK.cpu(), (rows.p_BHRK[..., :keys] > 0).any(1))
     return rows.p_BHRK[..., :keys]
+
+
+def assert_weights(source: RowSource, output: Tensor) -> Tensor:
+    """Fail unless the rows are the kernel's output (B, S, H, K), which the values spelt as weights; return them."""
+    p = rows_of(source)
+    torch.testing.assert_close(
+        p, output.detach().float().cpu().transpose(1, 2), atol=1e-6 if output.dtype == torch.float32 else 1e-2, rtol=0
+    )
+    return p
 
 
 def tapped(kernel: Kernel, *args: Any, **kwargs: Any) -> tuple[list[RowSource], list[Exception], Any]:
@@ -65,24 +78,41 @@ def reason_of(kernel: Kernel, *args: Any, **kwargs: Any) -> str:
     return str(errors[0])
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> tuple[FromScores, Tensor]:
-    """Run transformers' flash attention on the stand-in; return what was reported, and its output."""
-    given = {"query_length": q.shape[1], "is_causal": False, **options}
-    kernel = Kernel("flash_attention_2", "flash", utils._flash_attention_forward)
-    (source,), errors, output = tapped(kernel, q, k, v, mask, **given)
-    assert errors == []
-    assert isinstance(source, FromScores)
-    assert output.grad_fn is not None
-    return source, output
-
-
 def mask_of(*rows: str) -> Tensor:
     return torch.tensor([[int(place) for place in row] for row in rows])
 
 
+Flash = Callable[..., tuple[FromScores, Tensor]]
+NAMED = (
+    {"attn_implementation": "flash_attention_2"} if "attn_implementation" in signature(utils._flash_attention_forward).parameters else {}
+)
+
+
 @pytest.fixture
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    flash_stand_in.install(monkeypatch)
+def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Flash:
+    """Return a function that runs transformers' flash attention; it returns what was reported, and the output.
+
+    It calls the stand-in, or with ``REAL_TOO`` the real kernel.
+    """
+    real = getattr(request, "param", False)
+    if not real:
+        flash_stand_in.install(monkeypatch)
+
+    def there(value: Any) -> Any:
+        if not real or not isinstance(value, Tensor):
+            return value
+        return value.to("cuda", torch.bfloat16 if value.is_floating_point() else None)
+
+    def run(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, **options: Any) -> tuple[FromScores, Tensor]:
+        given = {"query_length": q.shape[1], "is_causal": False, **NAMED, **{name: there(value) for name, value in options.items()}}
+        kernel = Kernel("flash_attention_2", "flash", utils._flash_attention_forward)
+        (source,), errors, output = tapped(kernel, there(q), there(k), there(v), there(mask), **given)
+        assert errors == []
+        assert isinstance(source, FromScores)
+        assert output.grad_fn is not None
+        return source, output
+
+    return run
 
 
 RIGHT, LEFT, HOLES = mask_of("11111111", "11111000"), mask_of("11111111", "00011111"), mask_of("11011011", "01110100")
@@ -100,18 +130,21 @@ DENSE: dict[str, tuple[int, dict[str, Any]]] = {
     "window of all keys": (8, {**CAUSAL, "sliding_window": 8}),
     "scale": (8, {**CAUSAL, "softmax_scale": 0.7}),
     "softcap": (8, {**CAUSAL, "softcap": 1.5, "softmax_scale": 1.0}),
+    "window of nothing": (8, {**CAUSAL, "sliding_window": 0}),
+    "softcap of nothing": (8, {**CAUSAL, "softcap": 0.0}),
 }
 
 
+@REAL_TOO
 @pytest.mark.parametrize("case", DENSE)
-def test_flash_without_padding(case: str, stand_in: None) -> None:
+def test_flash_without_padding(case: str, flash: Flash) -> None:
     """The rows are the kernel's weights: causality aligned at the last query and key, windows as the kernel is told, softcap, scale."""
     queries, options = DENSE[case]
     source, output = flash(*tensors(B, queries, K), None, **options)
-    torch.testing.assert_close(rows_of(source), output.transpose(1, 2), atol=1e-6, rtol=0)
+    assert_weights(source, output)
 
 
-def test_windows_are_those_of_the_kernel(stand_in: None) -> None:
+def test_windows_are_those_of_the_kernel(flash: Flash) -> None:
     """A query sees ``sliding_window`` keys, one more where transformers tells the kernel so; without causality as many after it."""
     source, _ = flash(*tensors(1, K, K), None, **CAUSAL, **WINDOW)
     assert (rows_of(source)[0, 0] > 0).sum(-1).max() == 3 + WINDOW_EXCESS
@@ -119,23 +152,30 @@ def test_windows_are_those_of_the_kernel(stand_in: None) -> None:
     assert (rows_of(source)[0, 0] > 0).sum(-1).max() == 2 * (2 + WINDOW_EXCESS) + 1
 
 
+@REAL_TOO
 @pytest.mark.parametrize("options", [CAUSAL, {}, {**CAUSAL, **WINDOW}, WINDOW], ids=["causal", "full", "causal window", "window"])
 @pytest.mark.parametrize("queries", [K, 5, 1])
 @pytest.mark.parametrize("mask", [RIGHT, LEFT, HOLES], ids=["right", "left", "holes"])
-def test_flash_with_padding(mask: Tensor, queries: int, options: dict[str, Any], stand_in: None) -> None:
+def test_flash_with_padding(mask: Tensor, queries: int, options: dict[str, Any], flash: Flash) -> None:
     """Padding keys are hidden, queries that the kernel does not compute see nothing, and windows count unpadded places."""
     source, output = flash(*tensors(B, queries, K), mask, **options)
-    torch.testing.assert_close(rows_of(source), output.transpose(1, 2), atol=1e-6, rtol=0)
+    assert_weights(source, output)
+
+
+def test_one_query_that_is_padding_over_one_key(flash: Flash) -> None:
+    """As many queries as keys, be it one: the mask is of both."""
+    source, output = flash(*tensors(B, 1, 1), mask_of("1", "0"), **CAUSAL)
+    assert assert_weights(source, output).flatten(1).tolist() == [[1.0] * H, [0.0] * H]
 
 
 @SINCE_4_55
-def test_keys_beyond_the_mask_do_not_exist(stand_in: None) -> None:
+def test_keys_beyond_the_mask_do_not_exist(flash: Flash) -> None:
     """A static cache has more keys than the mask has places: the rows have the mask's."""
     q, k, v = tensors(B, K, K)
     more_k, more_v = (F.pad(part, (0, 0, 0, 0, 0, 3), value=9.0) for part in (k, v))
     source, output = flash(q, more_k, more_v, LEFT, **CAUSAL)
     assert source.shape == (B, H, K, K)
-    torch.testing.assert_close(rows_of(source), output.transpose(1, 2), atol=1e-6, rtol=0)
+    assert_weights(source, output)
 
 
 PACKED = torch.tensor([[0, 1, 2, 0, 1, 0, 1, 2]])
@@ -144,59 +184,66 @@ PACKED_OPTIONS = pytest.mark.parametrize(
 )
 
 
+@REAL_TOO
 @PACKED_OPTIONS
-def test_sequences_packed_by_positions(options: dict[str, Any], stand_in: None) -> None:
+def test_sequences_packed_by_positions(options: dict[str, Any], flash: Flash) -> None:
     """Where positions restart a sequence begins, and its tokens see none of the others'."""
     source, output = flash(*tensors(1, K, K), None, position_ids=PACKED, **options)
-    p = rows_of(source)
-    torch.testing.assert_close(p, output.transpose(1, 2), atol=1e-6, rtol=0)
+    p = assert_weights(source, output)
     assert p[0, 0, 3:5, :3].max() == 0
 
 
 @pytest.mark.parametrize("position_ids", [torch.arange(K)[None], torch.arange(K)[None] + 2, torch.tensor([[0, 1, 2, 3, 5, 6, 8, 9]])])
-def test_positions_of_one_sequence_pack_nothing(position_ids: Tensor, stand_in: None) -> None:
+def test_positions_of_one_sequence_pack_nothing(position_ids: Tensor, flash: Flash) -> None:
     """Positions that only grow, from wherever, tell one sequence."""
     source, output = flash(*tensors(1, K, K), None, position_ids=position_ids, **CAUSAL)
-    p = rows_of(source)
-    torch.testing.assert_close(p, output.transpose(1, 2), atol=1e-6, rtol=0)
+    p = assert_weights(source, output)
     assert p[0, 0, -1].min() > 0
 
 
+@pytest.mark.parametrize("queries", [5, 1])
+def test_positions_of_fewer_queries_than_keys(queries: int, flash: Flash) -> None:
+    """Queries that go on after keys of before (a prefix, a cache) are of one sequence with them."""
+    position_ids = torch.arange(K - queries, K)[None]
+    source, output = flash(*tensors(1, queries, K), None, position_ids=position_ids, **CAUSAL)
+    assert_weights(source, output)
+
+
 @pytest.mark.parametrize("position_ids", [PACKED.expand(B, -1), torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5], [0, 1, 2, 3, 4, 5, 6, 7]])])
-def test_positions_in_a_batch_of_several_rows(position_ids: Tensor, stand_in: None) -> None:
+def test_positions_in_a_batch_of_several_rows(position_ids: Tensor, flash: Flash) -> None:
     """Packing in a batch of several rows is seen exactly where the installed transformers acts on it."""
     source, output = flash(*tensors(B, K, K), None, position_ids=position_ids, **CAUSAL)
-    torch.testing.assert_close(rows_of(source), output.transpose(1, 2), atol=1e-6, rtol=0)
+    assert_weights(source, output)
 
 
 @pytest.mark.skipif(VERSION < (4, 48), reason="this transformers takes no lengths")
+@REAL_TOO
 @PACKED_OPTIONS
-@pytest.mark.parametrize("ends", [((0, 3, 5, 8), (0, 3, 5, 8)), ((0, 2, 3, 5), (0, 3, 5, 8)), ((0, 5), (0, 8))])
-def test_sequences_packed_by_lengths(ends: tuple[tuple[int, ...], tuple[int, ...]], options: dict[str, Any], stand_in: None) -> None:
+@pytest.mark.parametrize("ends", [((0, 3, 5, 8), (0, 3, 5, 8)), ((0, 2, 3, 5), (0, 3, 5, 8)), ((0, 5), (0, 8)), ((0, 3, 5), (0, 3, 5))])
+def test_sequences_packed_by_lengths(ends: tuple[tuple[int, ...], tuple[int, ...]], options: dict[str, Any], flash: Flash) -> None:
     """``cu_seq_lens`` tell the sequences, of queries and of keys; causality and windows are aligned at each sequence's end."""
     cu_q, cu_k = (torch.tensor(part, dtype=torch.int32) for part in ends)
     lengths = {"cu_seq_lens_q": cu_q, "cu_seq_lens_k": cu_k, "max_length_q": 5, "max_length_k": 8}
-    queries = ends[0][-1]
+    queries = 5 if ends[0][-1] == 5 and ends[1][-1] == 8 else 8  # of the last, three tokens are in no sequence
     positions = torch.arange(queries)[None]
     source, output = flash(*tensors(1, queries, K), None, position_ids=positions, **lengths, **options)
-    torch.testing.assert_close(rows_of(source), output.transpose(1, 2), atol=1e-6, rtol=0)
+    assert_weights(source, output)
 
 
 @SINCE_4_55
 @pytest.mark.parametrize("supported", [True, False])
-def test_sinks_count_where_the_kernel_takes_them(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sinks_count_where_the_kernel_takes_them(supported: bool, flash: Flash, monkeypatch: pytest.MonkeyPatch) -> None:
     """A learned sink takes its share of the rows; a kernel without sinks is not told of them, and has none."""
     flash_stand_in.install(monkeypatch, sinks=supported)
     source, output = flash(*tensors(B, K, K), LEFT, **CAUSAL, s_aux=torch.tensor([0.0, 1.0, -1.0, 2.0]))
     assert source.sinks == int(supported)
-    p = rows_of(source)
-    torch.testing.assert_close(p, output.transpose(1, 2), atol=1e-6, rtol=0)
+    p = assert_weights(source, output)
     total = p[0].sum(-1)
     assert (total < 0.95).any() if supported else torch.allclose(total, torch.ones(()))
 
 
 @pytest.mark.skipif(VERSION < (4, 48), reason="4.46 casts before it calls")
-def test_float32_is_rounded_as_it_is_for_the_kernel(stand_in: None) -> None:
+def test_float32_is_rounded_as_it_is_for_the_kernel(flash: Flash) -> None:
     """q and k in float32 that are cast on their way give the rows of the cast values; those in bfloat16 stay as they are."""
     q, k, v = tensors(B, K, K)
     with torch.no_grad():
@@ -207,7 +254,8 @@ def test_float32_is_rounded_as_it_is_for_the_kernel(stand_in: None) -> None:
     torch.testing.assert_close(rows_of(source), rows_of(exact), atol=1e-5, rtol=0)
     unrounded, _ = flash(q, k, v, None, **CAUSAL)
     assert (rows_of(source) - rows_of(unrounded)).abs().max() > 1e-3
-    given, _ = flash(q.bfloat16(), k.bfloat16(), v.bfloat16(), None, **CAUSAL, target_dtype=torch.float16)
+    beyond = 2.0**17  # the largest float16 is smaller
+    given, _ = flash(q.bfloat16() * beyond, k.bfloat16() / beyond, v.bfloat16(), None, **CAUSAL, target_dtype=torch.float16)
     torch.testing.assert_close(rows_of(given), rows_of(exact), atol=1e-5, rtol=0)
 
 
@@ -216,9 +264,9 @@ def test_causality_of_old_kernels_is_aligned_at_the_start() -> None:
     q, k, _ = tensors(B, 5, K)
     source = from_flash(FlashCall(q, k, causal=True, top_left=True))
     assert torch.equal(source.visible(torch.arange(5).expand(B, 5)), torch.ones(5, K).tril().bool().expand(B, -1, -1))
-    source = from_flash(FlashCall(q, k, mask_BM=LEFT, causal=True, top_left=True))
+    source = from_flash(FlashCall(q, k, mask_BM=mask_of("11111111", "01111111"), causal=True, top_left=True))
     seen = source.visible(torch.arange(5).expand(B, 5))[1]
-    assert seen.int().tolist() == [[0, 0, 0, *(int(j <= i) for j in range(5))] for i in range(5)]
+    assert seen.int().tolist() == [[0, *(int(j <= i) for j in range(7))] for i in range(5)]
     square = [from_flash(FlashCall(k.repeat_interleave(2, 2), k, mask_BM=LEFT, causal=True, top_left=old)) for old in (False, True)]
     assert torch.equal(*(part.visible(torch.arange(K).expand(B, K)) for part in square))
 
@@ -236,6 +284,32 @@ def test_flash_calls_that_cannot_be_read_say_why(more: dict[str, Any], why: str)
     q, k, _ = tensors(B, 5, K)
     with pytest.raises(NotObservable, match=why):
         from_flash(FlashCall(q, k, **more))
+
+
+def test_positions_that_count_only_if_they_fall() -> None:
+    """Where a version asks for a fall in the positions, repeated ones alone pack nothing."""
+    q, k, _ = tensors(1, K, K)
+    for position_ids, sequences in ((torch.tensor([[0, 0, 0, 1, 2, 3, 4, 5]]), 1), (PACKED, 3)):
+        source = from_flash(FlashCall(q, k, position_ids=position_ids, if_decreasing=True))
+        assert source.scores.segment_BS is not None
+        assert source.scores.segment_BS.unique().numel() == sequences
+        source = from_flash(FlashCall(q, k, position_ids=position_ids))
+        assert source.scores.segment_BS is not None
+        assert source.scores.segment_BS.unique().numel() == 3
+
+
+@SINCE_4_55
+def test_what_the_kernel_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A block table means a paged call; where transformers has no rule of its own for a kernel, the documented one holds."""
+    q, k, v = tensors(1, K, K)
+    arguments = (q, k, v, None, K, True)
+    flash_stand_in.install(monkeypatch)
+    assert flash_call(utils._flash_attention_forward, arguments, {"block_table": torch.zeros(1)}).paged
+    plain = flash_call(utils._flash_attention_forward, arguments, WINDOW)
+    assert not plain.paged
+    monkeypatch.setattr(utils, "_process_flash_kwargs_fn", dict)
+    told = flash_call(utils._flash_attention_forward, arguments, WINDOW)
+    assert (told.causal, told.window) == (plain.causal, plain.window) == (True, (2 + WINDOW_EXCESS,) * 2)
 
 
 def test_positions_of_several_axes_are_not_taken_for_packing() -> None:
@@ -300,9 +374,7 @@ def test_flex_with_a_block_mask(function: Callable[..., Tensor], options: dict[s
     (source,), errors, (output, *_) = tapped(flex_kernel(), nn.Module(), q, k, v, block_mask(function), **options)
     assert errors == []
     assert eager_flex == [None]
-    expected = output.transpose(1, 2)
-    p = rows_of(source)
-    torch.testing.assert_close(p, expected, atol=1e-6, rtol=0)
+    assert_weights(source, output)
 
 
 @SINCE_4_48
@@ -314,9 +386,9 @@ def test_flex_with_an_added_mask(eager_flex: list[Any]) -> None:
     mask = torch.cat((mask, torch.zeros_like(mask)), 1)
     (source,), errors, (output, *_) = tapped(flex_kernel(), nn.Module(), q, k, v, mask, scaling=0.5)
     assert errors == []
-    torch.testing.assert_close(rows_of(source), output.transpose(1, 2), atol=1e-6, rtol=0)
+    assert_weights(source, output)
     (source,), _, (output, *_) = tapped(flex_kernel(), nn.Module(), q, k, v, attention_mask=None)
-    torch.testing.assert_close(rows_of(source), output.transpose(1, 2), atol=1e-6, rtol=0)
+    assert_weights(source, output)
 
 
 @pytest.mark.skipif(VERSION < (5, 0), reason="this transformers has no position bias")
@@ -325,7 +397,7 @@ def test_flex_with_a_position_bias(eager_flex: list[Any]) -> None:
     q, k, v = (part.transpose(1, 2) for part in tensors(B, K, K))
     bias = torch.randn(B, H, K, K)
     (source,), _, (output, *_) = tapped(flex_kernel(), nn.Module(), q, k, v, block_mask(padded_causal), position_bias=bias)
-    torch.testing.assert_close(rows_of(source), output.transpose(1, 2), atol=1e-6, rtol=0)
+    assert_weights(source, output)
 
 
 @SINCE_4_48
@@ -423,8 +495,33 @@ def test_a_registered_kernel_with_window_softcap_sinks_and_bias() -> None:
     assert errors == []
     assert isinstance(source, CheckedRows)
     assert source.sinks == 1
-    torch.testing.assert_close(rows_of(source), output.transpose(1, 2), atol=1e-6, rtol=0)
+    assert_weights(source, output)
     assert source.check.mismatch(source, torch.arange(K)[None]) < 1e-5
+
+
+@pytest.mark.parametrize("lengths", [False, True])
+def test_a_registered_kernel_for_packed_sequences(lengths: bool) -> None:
+    """Without a mask, positions and lengths tell packed sequences as they tell flash attention; a 4-D mask is taken as it is."""
+    q, k, v = (part.transpose(1, 2) for part in tensors(1, K, K))
+    ends = torch.tensor([0, 3, 5, 8])
+    packing = {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends} if lengths else {"position_ids": PACKED}
+    segment = torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
+    block = segment[:, None].eq(segment).tril()[None, None]
+
+    def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any, **more: Any) -> tuple[Tensor, None]:
+        return blind_attention()(module, query, key, value, block if mask is None else mask)
+
+    module = SimpleNamespace(is_causal=True)
+    (source,), errors, (output, _) = tapped(unknown(attention), module, q, k, v, None, softcap=0.0, **packing)
+    assert errors == []
+    assert_weights(source, output)
+    full = torch.ones(1, 1, K, K).bool()
+    (source,), errors, (output, _) = tapped(unknown(attention), module, q, k, v, full, sliding_window=3, **packing)
+    assert errors == []
+    assert_weights(source, output)
+
+
+MISFITS = ((B, 3, K, K), (B, 0, K, K), (1, h, K, K), (B, h, K - 1, K))
 
 
 @pytest.mark.parametrize(
@@ -436,7 +533,7 @@ def test_a_registered_kernel_with_window_softcap_sinks_and_bias() -> None:
         (lambda output: (output, None), {"attention_mask": torch.ones(B, 5, K)}, "neither 2-D nor 4-D"),
         (lambda output: (output, None), {"attention_mask": "causal"}, "neither 2-D nor 4-D"),
         (lambda output: (output, None), {"key": torch.randn(B, h, K)}, "four dimensions"),
-        (lambda output: (output, None), {"value": torch.randn(B, 3, K, K)}, "do not fit"),
+        *((lambda output: (output, None), {"value": torch.randn(shape)}, "do not fit") for shape in MISFITS),
     ],
 )
 def test_a_registered_kernel_that_cannot_be_read_is_named(returns: Any, options: dict[str, Any], why: str) -> None:

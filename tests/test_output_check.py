@@ -71,9 +71,10 @@ def test_what_is_not_finite_shows(value: float) -> None:
 
 
 def test_an_output_of_zeros_is_no_agreement() -> None:
-    """A kernel that returns nothing but zeros does not agree with rows that say otherwise."""
+    """A kernel that returns nothing but zeros does not agree with rows that say otherwise; for values of zero it does."""
     rows, v, output = call()
     assert mismatch(rows, v, torch.zeros_like(output)) > 1e6
+    assert mismatch(rows, torch.zeros_like(v), torch.zeros_like(output)) == 0
 
 
 def test_blocks_and_pieces_of_keys_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

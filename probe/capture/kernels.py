@@ -69,8 +69,6 @@ def from_flash(call: FlashCall) -> FromScores:
     if call.paged:
         raise NotObservable("paged flash attention reads keys and values from a cache of its own")
     q_BHSD, k_BhKD = (part.detach().transpose(1, 2) for part in (call.q_BSHD, call.k_BKhD))
-    if q_BHSD.dim() != 4 or k_BhKD.dim() != 4:
-        raise NotObservable(f"q {tuple(call.q_BSHD.shape)}, k {tuple(call.k_BKhD.shape)}: expected (batch, length, heads, width)")
     queries, keys = q_BHSD.shape[2], k_BhKD.shape[2]
     scores = Scores(
         q_BHSD,
@@ -86,7 +84,7 @@ def from_flash(call: FlashCall) -> FromScores:
         return FromScores(_padded(scores, call.mask_BM, call))
     if call.cu_seq_lens is not None:
         return FromScores(_packed_by_lengths(scores, *call.cu_seq_lens))
-    if call.position_ids is not None and queries == keys and queries > 1:
+    if call.position_ids is not None and queries == keys:
         return FromScores(_packed_by_positions(scores, call.position_ids, call.if_decreasing))
     return FromScores(scores)
 
@@ -141,18 +139,19 @@ def from_interface(kernel: Kernel, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 def _supposed(kernel: Kernel, given: dict[str, Any], q: Tensor, k: Tensor, mask: Any) -> Scores:
     """Return the scores that a kernel of the interface's documented convention has."""
-    is_causal = given.get("is_causal")
+    is_causal, cu_q, cu_k = (given.get(name) for name in ("is_causal", "cu_seq_lens_q", "cu_seq_lens_k"))
     plain = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)
     like_flash = FlashCall(
         q.transpose(1, 2),
         k.transpose(1, 2),
         mask_BM=mask if plain else None,
+        cu_seq_lens=(cu_q, cu_k) if plain and cu_q is not None and cu_k is not None else None,
         position_ids=looked_at(given.get("position_ids"), q.shape[0]) if plain else None,
         if_decreasing=True,
         causal=plain and bool(getattr(given.get("module"), "is_causal", False) if is_causal is None else is_causal),
         scale=given.get("scaling"),
         softcap=given.get("softcap") or None,
-        window=window_of(given.get("sliding_window"), k.shape[2]) if plain else None,
+        window=window_of(given.get("sliding_window")) if plain else None,
         sinks_H=given.get("s_aux"),
     )
     scores = replace(from_flash(like_flash).scores, bias=_detached(given.get("position_bias")))
@@ -174,11 +173,11 @@ def _padded(scores: Scores, mask_BM: Tensor, call: FlashCall) -> Scores:
     kept_BK = mask_BM.detach().bool()
     if queries > 1 and keys < queries:
         raise NotObservable(f"the padding mask has {keys} places for {queries} queries")
-    kept_BS = torch.ones_like(kept_BK[:, :1]) if queries == 1 and keys > 1 else kept_BK[:, keys - queries :]
+    kept_BS = torch.ones_like(kept_BK[:, :1]) if queries == 1 else kept_BK[:, keys - queries :]
     place_BK = kept_BK.cumsum(1)
     place_BS = place_BK[:, keys - queries :]
     by_place = call.window is not None
-    if call.top_left and call.causal and queries != keys:
+    if call.top_left and queries != keys:
         by_place, place_BS = True, kept_BS.cumsum(1)
     return replace(
         scores,
@@ -204,6 +203,7 @@ def _packed_by_lengths(scores: Scores, cu_q: Tensor, cu_k: Tensor) -> Scores:
         return sequence[None], (position + 1 - cu[(sequence + 1).clamp(max=cu.shape[0] - 1)])[None]
 
     segment_BS, place_BS = of(cu_q.detach(), scores.q_BHSD.shape[2])
+    segment_BS = segment_BS.masked_fill(segment_BS == cu_q.shape[0] - 1, -1)  # beyond the last sequence nothing is computed
     segment_BK, place_BK = of(cu_k.detach(), scores.k_BhKD.shape[2])
     causal = scores.causal_offset is not None
     by_place = causal or scores.window is not None

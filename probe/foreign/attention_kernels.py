@@ -132,23 +132,23 @@ def _places_of(layer_class: type[nn.Module], name: str) -> Iterator[tuple[dict[s
         if function is None:
             continue
         spaces.append(getattr(inspect.unwrap(_unbound(function)), "__globals__", {}))
-        convention = _convention(name, function)
+        convention = _convention(function)
         if convention is not None:
             yield getattr(registry, "_local_mapping", registry), name, Kernel(name, convention, function)
-    own = modeling_flash_attention_utils._flash_attention_forward
+    own = getattr(modeling_flash_attention_utils, _FLASH, _ABSENT)
     for space in spaces:
         if name not in _SEEN and _plain(space.get(_FLASH)) is own:
             yield space, _FLASH, Kernel(name, "flash", own)
 
 
-def _convention(name: str, function: Any) -> Convention | None:
+def _convention(function: Any) -> Convention | None:
     """Return how a registered function is called; ``None`` if what it calls is seen anyway."""
     if function is _own("sdpa_attention", "sdpa_attention_forward"):
         return None
     flash = _own("flash_attention", "flash_attention_forward")
     if _unbound(function) is flash and _FLASH in getattr(flash, "__globals__", {}):
         return None
-    if "paged" in name or "paged" in getattr(_unbound(function), "__module__", ""):
+    if "paged" in getattr(_unbound(function), "__module__", ""):
         return "paged"
     return "flex" if function is _own("flex_attention", "flex_attention_forward") else "interface"
 

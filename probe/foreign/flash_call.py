@@ -76,14 +76,14 @@ def flash_call(function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict
         softcap=told.get("softcap") or None,
         window=told.get("window_size"),
         sinks_H=told.get("s_aux", told.get("learnable_sink")),
-        paged=given.get("block_table") is not None or given.get("k_cache") is not None,
+        paged=given.get("block_table") is not None,
         dtype=given.get("target_dtype") if q_BSHD.dtype == torch.float32 else None,
     )
 
 
-def window_of(sliding_window: int | None, keys: int) -> tuple[int, int] | None:
-    """Return the window that ``sliding_window`` means to a flash kernel over so many keys: keys before and after, inclusive."""
-    if not sliding_window or keys <= sliding_window:
+def window_of(sliding_window: int | None) -> tuple[int, int] | None:
+    """Return the window that ``sliding_window`` means to a flash kernel: keys before and after, inclusive."""
+    if sliding_window is None:
         return None
     side = sliding_window - (_VERSION >= (4, 56))
     return side, side
@@ -111,6 +111,6 @@ def _told(given: dict[str, Any], *, queries: int, keys: int) -> dict[str, Any]:
     supported = getattr(flash, "_flash_supports_window_size", getattr(flash, "_flash_supports_window", True))
     return {
         "causal": asked["is_causal"] and not (asked["use_top_left_mask"] and queries == 1),
-        "window_size": window_of(asked["sliding_window"], keys) if supported else None,
+        "window_size": window_of(asked["sliding_window"]) if supported else None,
         "softcap": asked["softcap"],
     }

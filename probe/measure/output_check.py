@@ -33,7 +33,8 @@ class OutputCheck:
         """Return the largest difference between the rows' P·V and the kernel's output ÷ the largest output of these rows.
 
         0-dim float64; NaN if something is not finite. Rounding alone makes about 1e-6 in float32 (1e-3 with TF32) and 1e-2 in bfloat16.
-        Rows that see no key are left out: kernels return anything there. No sync; temporaries within one and a half ``CHUNK_BYTES``, that of the source included.
+        Rows that see no key are left out: kernels return anything there. No sync; temporaries within one and a half ``CHUNK_BYTES``, those
+        of the source included.
 
         Args:
             source: The rows.

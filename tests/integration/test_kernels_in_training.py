@@ -98,7 +98,8 @@ def rows_of(model: nn.Module, given: dict[str, Tensor]) -> tuple[dict[str, Rows]
     def see(name: str, source: RowSource) -> None:
         assert name not in seen
         samples, _, queries, _ = source.shape
-        seen[name] = together(source, torch.arange(queries, device=source.device).expand(samples, queries))
+        rows = together(source, torch.arange(queries, device=source.device).expand(samples, queries))
+        seen[name] = Rows(rows.p_BHRK, rows.visible_BRK.cpu())
 
     with Taps(model, see) as taps, watched_kernels(taps.layers.values(), model, run_kernel):
         output = model(**given)
@@ -134,8 +135,13 @@ def flash(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ca
     return there
 
 
-def tolerance(flash: Callable[..., Any]) -> float:
-    return 1e-6 if flash(torch.ones(1)).dtype == torch.float32 else 2e-2  # eager attention rounds its weights to bfloat16
+def is_real(flash: Callable[..., Any]) -> bool:
+    return bool(flash(torch.ones(1)).dtype != torch.float32)
+
+
+def comparable(truth: dict[str, Rows], flash: Callable[..., Any]) -> tuple[dict[str, Rows], float]:
+    """Return what to compare and how closely: in bfloat16 the first layers only, as later ones see other values."""
+    return ({name: rows for name, rows in truth.items() if ".layers.0." in name}, 3e-2) if is_real(flash) else (truth, 1e-6)
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "right", "packed"])
@@ -144,6 +150,8 @@ def test_flash_rows_are_eager_weights(build: Any, padding: str, flash: Any, monk
     """Grouped heads, windows, softcap and sinks; padded on either side or packed: rows equal eager weights, for every real token."""
     if build is gemma2 and padding == "packed" and VERSION < (4, 48):
         pytest.skip("this Gemma2 does not tell flash attention of packed sequences")
+    if build is gpt_oss and is_real(flash):
+        pytest.skip("flash_attn 2 knows no sinks")
     given = flash(text(padding))
     eager = flash(made(build, WINDOW + WINDOW_EXCESS))
     kernel = flash(built_for(monkeypatch, lambda: made(build, WINDOW)))
@@ -155,10 +163,11 @@ def test_flash_rows_are_eager_weights(build: Any, padding: str, flash: Any, monk
     else:
         truth, expected = rows_of(eager, given)
     found, output = rows_of(kernel, given)
-    computed = assert_same({name: found[name] for name in truth}, truth, tolerance=tolerance(flash))
-    real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+    truth, tolerance = comparable(truth, flash)
+    computed = assert_same({name: found[name] for name in truth}, truth, tolerance=tolerance)
+    real = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool().cpu()
     assert all(torch.equal(where, real) for where in computed.values())
-    if expected is not None and not REAL:
+    if expected is not None and not is_real(flash):
         torch.testing.assert_close(output.logits[real], expected.logits[real], atol=1e-4, rtol=1e-5)
     if build in (mistral, gemma2, gpt_oss):
         assert found["model.layers.0.self_attn"].visible_BRK.sum(-1).max() == WINDOW + WINDOW_EXCESS
@@ -194,10 +203,11 @@ def test_flash_rows_in_speech_models(name: str, flash: Any, monkeypatch: pytest.
     truth, expected = rows_of(flash(eager), given)
     found, output = rows_of(flash(speech(case, "flash_attention_2", monkeypatch)), given)
     assert set(found) == {layer for layers in case.attention.values() for layer in layers}
-    computed = assert_same(found, truth, tolerance=tolerance(flash))
+    truth, tolerance = comparable(truth, flash)
+    computed = assert_same({name: found[name] for name in truth}, truth, tolerance=tolerance)
     assert all(where.any(1).all() for where in computed.values())
     real = given.get("attention_mask", torch.ones(output.logits.shape[:2])).bool()
-    if not REAL and real.shape == output.logits.shape[:2]:  # 4.46 expands Qwen2-Audio's
+    if not is_real(flash) and real.shape == output.logits.shape[:2]:  # 4.46 expands Qwen2-Audio's
         torch.testing.assert_close(output.logits[real], expected.logits[real], atol=1e-3, rtol=1e-4)
 
 
@@ -496,7 +506,7 @@ def test_flex_attention_in_a_compiled_model_is_left_alone(monkeypatch: pytest.Mo
     for attach in (None, lambda model: probe.attach(model, every=1)):
         torch._dynamo.reset()
         torch._dynamo.utils.counters.clear()
-        results.append(run(case, attach=attach, built=look, seed=3, max_steps=3, **COMPILED))
+        results.append(run(case, attach=attach, built=look, seed=3, max_steps=2, **COMPILED))
         graphs.append(dynamo())
     results[1].attached.detach()
     assert_identical(*results)
