@@ -41,3 +41,12 @@ def _no_mixed_precision_left() -> Iterator[None]:
     """Forget the precision of a test's last run, which transformers 4 leaves in the environment for the next one."""
     yield
     os.environ.pop("ACCELERATE_MIXED_PRECISION", None)
+
+
+@pytest.fixture(autouse=True)
+def _no_function_mode_left() -> Iterator[None]:
+    """Fail a test that leaves a torch function mode behind: every function of the tests after it would run through that mode."""
+    yield
+    if "torch" in sys.modules:
+        left = sys.modules["torch"].overrides._get_current_function_mode_stack()
+        assert not left, f"left behind: {left}"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from probe.capture.arguments import by_name, shallow
+
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
 
 
 class Batch:

@@ -18,6 +18,8 @@ from probe.merge.packing import HostStep
 from probe.records import Attention, AttentionKind, HeadwiseAttention, Site
 from probe.sites.discovery import SiteMap
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 def cell(mismatch: float = -math.inf, **values: tuple[float, float]) -> CellValues:
     """The cell of a layer in which each quantity named has a sum and a weight."""

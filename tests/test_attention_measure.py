@@ -20,6 +20,8 @@ from probe.measure.scores import Scores
 from probe.measure.sight import look
 from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 def named(found: AttentionSums) -> dict[str, float]:
     assert found.sums.dtype == torch.float64

@@ -58,6 +58,7 @@ def watch(
         call = Call(SITE, Layer(), micro, (q, k), {})
         watcher.enter(call, buffer)
         call.output = call.module(*call.args) if forward is None else forward(call)
+        call.entered.close()
         watcher.leave(call, buffer)
     watcher.leave(root, buffer)
     return buffer

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from probe.sites.batch import audio_codes, audio_features, samples_in, text_labels
+
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
 
 
 def test_codes_need_codebooks_and_a_dimension_of_that_size() -> None:

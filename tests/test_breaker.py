@@ -6,6 +6,8 @@ import pytest
 
 from probe.capture.breaker import Breaker
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 def test_an_error_is_said_once_with_its_place_and_switches_the_part_off() -> None:
     """The one line names the part, the error, the site and the file; a second error says nothing."""

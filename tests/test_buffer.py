@@ -11,6 +11,8 @@ from probe.capture.microbatch import MicroBatch
 from probe.errors import SiteError
 from probe.measure.statistics import summarise
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 def filled(buffer: StepBuffer, x: torch.Tensor, *, keep: bool = True) -> None:
     sums, maxima = summarise(x)

@@ -11,6 +11,8 @@ import pytest
 
 import data_speech
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 def record(path: Path, seconds: float, text: str | None) -> None:
     """Write noise of that length as a 16 kHz WAV file, and the text beside it."""

@@ -30,6 +30,8 @@ from probe.records import Site
 from probe.sites.facts import ModelFacts
 from probe.sites.labels import NotAligned
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 TEXT = Site("lm_head", "lm_head", "chosen by the test", modality="text")
 CODES = Site("audio_head", "lm_head", "chosen by the test", modality="audio", codebooks=3)
 FACTS = ModelFacts("", "", encoder_decoder=False, vocabulary=11, codebooks=3, audio_tokens=(), audio_placeholders=(), label_shift=1)

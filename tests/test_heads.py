@@ -20,6 +20,8 @@ from probe.sites.facts import ModelFacts
 from probe.sites.labels import align
 from probe.sites.laying import Aligned
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 TEXT = Site("lm_head", "lm_head", "chosen by the test", modality="text")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

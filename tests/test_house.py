@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 ROOT = Path(__file__).parents[1] / "probe"
 FILES = sorted(ROOT.rglob("*.py"))
 

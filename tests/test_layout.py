@@ -10,6 +10,8 @@ import pytest
 from probe.capture.cells import Cell
 from probe.merge.layout import make_layout
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 def _random_cells(generator: random.Random, count: int) -> list[Cell]:
     def columns(prefix: str) -> tuple[str, ...]:

@@ -10,6 +10,8 @@ from probe.errors import ProbeValueError
 from probe.metrics import CATALOGUE, HEADLINE_LIMIT, KINDS, describe, headline, markdown_table
 from records_factory import speech_record, whisper_record
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 PAGE = Path(__file__).parents[1] / "docs" / "metrics.md"
 
 

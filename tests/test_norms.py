@@ -11,6 +11,8 @@ from probe.errors import ProbeValueError
 from probe.foreign.torch_private import foreach_norm, in_backward, loss_scale
 from probe.measure.norms import sum_of_squares
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64])
 def test_agrees_with_float64(dtype: torch.dtype) -> None:

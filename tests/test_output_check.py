@@ -14,6 +14,8 @@ from probe.measure.output_check import CheckedRows, OutputCheck
 from probe.measure.probabilities import FromScores
 from probe.measure.scores import Scores
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 B, S, K, H, h, D = 2, 6, 9, 4, 2, 5
 
 

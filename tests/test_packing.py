@@ -14,6 +14,8 @@ from probe.capture.totals import Totals
 from probe.merge.layout import make_layout
 from probe.merge.packing import Transfer, pack
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 CPU = torch.device("cpu")
 CELLS = (
     Cell("full", counts=("calls", "elements"), sums=("a", "b", "c"), maxima=("high", "low")),

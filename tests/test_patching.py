@@ -5,7 +5,11 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import pytest
+
 from probe.foreign.patching import wrap_class_method, wrap_instance_method
+
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
 
 
 class Thing:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from probe.measure.picks import estimated, pick_rows, variance_of_estimate
+
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
 
 
 def test_all_of_a_few() -> None:

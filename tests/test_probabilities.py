@@ -13,6 +13,8 @@ from probe.measure.probabilities import FromScores, FromSoftmax, NotObservable, 
 from probe.measure.scores import Scores
 from rows_together import Rows, together
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 B, H, S, K, D = 3, 4, 9, 7, 8
 
 

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from probe.merge import ranks
 from probe.merge.ranks import FAILED, Ranks, agree
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 LONG, SHORT = timedelta(seconds=20), timedelta(seconds=0.3)
 Stores = Callable[[], Any]
 

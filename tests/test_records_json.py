@@ -17,6 +17,8 @@ from probe.records import Finding, Head, Part, StepRecord
 from probe.records_json import from_json, parse, to_json
 from records_factory import finding, speech_record, text_record, whisper_record
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 def random_value(hint: Any, rng: random.Random) -> Any:
     """Return a random value of any type that a record field can have."""

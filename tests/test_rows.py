@@ -7,6 +7,8 @@ from torch import Tensor
 from probe.measure.rows import RowChoice, choose_all_valid, choose_rows
 from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 def random_modality(samples: int, queries: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)

@@ -6,6 +6,8 @@ import pytest
 
 from probe.capture.schedule import in_cadence, is_sampled
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 @pytest.mark.parametrize(
     ("cadences", "first", "expected"),

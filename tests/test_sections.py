@@ -26,6 +26,8 @@ from probe.sections.blocks import Comparison, Fact, Facts, Note, Section, Table
 from probe.sections.reasons import ATTENTION, INPUT, OUTPUT, VERIFICATION, section_of
 from records_factory import NO_PROJECTOR, finding, speech_record, text_record, text_sample, whisper_record
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 SECTIONS: tuple[Callable[[StepRecord], Section], ...] = (inputs.section, outputs.section, attention.section, verification.section)
 
 

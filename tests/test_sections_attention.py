@@ -13,6 +13,8 @@ from probe.sections import attention
 from probe.sections.blocks import Fact, Facts, Section, Table
 from records_factory import NO_BRANCHES, speech_record, text_record, whisper_record
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 MEASURED = {
     "entropy": 0.791,
     "entropy_nats": 3.56,

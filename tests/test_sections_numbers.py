@@ -9,6 +9,8 @@ import pytest
 
 from probe.sections import numbers
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 @pytest.mark.parametrize(
     ("value", "text"),

@@ -10,6 +10,8 @@ from probe.errors import ProbeValueError
 from probe.measure import spread as module
 from probe.measure.spread import spread, standard_deviation
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 def reference(x: torch.Tensor) -> tuple[float, float]:
     wide = x.double()

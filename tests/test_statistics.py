@@ -13,6 +13,8 @@ from probe.measure import statistics
 from probe.measure.chunks import blocks, pieces
 from probe.measure.statistics import COLUMNS_MAXIMA, COLUMNS_SUMS, Moments, finish, summarise
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 OTHERS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
 

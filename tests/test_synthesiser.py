@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from synthesiser import SPEAKERS, Speaker, speak
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 RATE = 16_000
 WINDOW = 1024
 

@@ -18,6 +18,8 @@ from probe.sections.blocks import Column, Comparison, Fact, Facts, Note, Section
 from probe.sinks.terminal import TerminalSink
 from records_factory import speech_record, text_record, whisper_record
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 CODES = re.compile(r"\x1b\[[0-9;]*m")
 
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from probe.capture.cells import Cell
 from probe.capture.totals import Totals
+
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
 
 
 def vector(*values: float) -> torch.Tensor:

@@ -12,6 +12,8 @@ from numpy.typing import NDArray
 
 from wav import read_wav
 
+pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
+
 
 def write_wav(path: Path, channels: list[NDArray[np.float64]], rate: int, width: int) -> Path:
     """Write samples within [-1, 1) as PCM, value by value with struct."""

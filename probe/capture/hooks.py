@@ -168,9 +168,9 @@ class HookSet:
             return
         call = forward.calls.pop()
         call.output = output
+        with self._breaker.guard("hooks", call.site.name or "the model"):
+            call.entered.close()
         for observer in reversed(self._watching[call.site.name]):
-            # One that was switched off meanwhile is called once more if it left a note to close something.
-            if self._breaker.is_off(observer.name) and observer.name not in call.notes:
-                continue
-            with self._breaker.guard(observer.name, call.site.name or "the model"), torch.no_grad():
-                observer.leave(call, forward.buffer)
+            if not self._breaker.is_off(observer.name):
+                with self._breaker.guard(observer.name, call.site.name or "the model"), torch.no_grad():
+                    observer.leave(call, forward.buffer)

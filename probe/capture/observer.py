@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,7 +20,8 @@ class Call:
     """One call of one site inside a training forward.
 
     ``output`` is ``None`` until the call returns, and stays ``None`` if it raised. ``notes`` carries what an observer wants to find
-    again when the call returns, by the observer's name.
+    again when the call returns, by the observer's name; ``entered`` holds contexts that an observer opened round the call. Whoever calls
+    the observers closes it, before any observer sees the call's end, and even if one of them is off by then or fails.
     """
 
     site: Site
@@ -29,6 +31,7 @@ class Call:
     kwargs: Mapping[str, Any]
     output: Any = None
     notes: dict[str, Any] = field(default_factory=dict)
+    entered: ExitStack = field(default_factory=ExitStack)
 
 
 @dataclass(frozen=True, slots=True)

@@ -89,11 +89,11 @@ class AttentionWatcher(Watcher):
                 self._breaker.trip(self.name, error, name)
 
         tap = AttentionTap(see, fail, num_heads=_heads_of(call), sinks=isinstance(getattr(call.module, "sinks", None), Tensor))
-        tap.__enter__()  # type: ignore[no-untyped-call]
+        call.entered.enter_context(tap)
         call.notes[self.name] = tap
 
     def leave(self, call: Call, buffer: StepBuffer) -> None:
-        """At a layer, leave the tap and name a layer it saw nothing in; at the root, finish what waited."""
+        """At a layer, name it if the tap, which is left by now, saw nothing in it; at the root, finish what waited."""
         if call.site.name == "":
             for held in call.micro.scratch.pop(_HELD, ()):
                 self._finish(held, call.micro, buffer)
@@ -101,7 +101,6 @@ class AttentionWatcher(Watcher):
         tap = call.notes.pop(self.name, None)
         if tap is None:
             return
-        tap.__exit__(None, None, None)
         buffer.totals.add(attention_cell(call.site.name), counts=(1,))
         if not tap.reported:
             kernel = getattr(getattr(call.module, "config", None), "_attn_implementation", None) or type(call.module).__name__
