@@ -8,6 +8,7 @@ from pathlib import Path
 from benchmarks.exactness.attention import attention_rows
 from benchmarks.exactness.audit import audit_rows
 from benchmarks.exactness.heads import head_rows, size_rows
+from benchmarks.exactness.memory import memory_rows
 from benchmarks.exactness.page import page
 
 PAGE = Path(__file__).parents[2] / "docs" / "exactness.md"
@@ -18,7 +19,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=PAGE, help="where the page is written (default docs/exactness.md)")
     options = parser.parse_args()
-    options.output.write_text(page(attention_rows(), head_rows(), size_rows(), audit_rows()), encoding="utf-8")
+    options.output.write_text(page(attention_rows(), memory_rows(), head_rows(), size_rows(), audit_rows()), encoding="utf-8")
     print(f"wrote {options.output}")
 
 

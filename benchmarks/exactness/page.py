@@ -13,6 +13,7 @@ import probe
 from benchmarks.exactness.attention import AttentionRow
 from benchmarks.exactness.audit import AuditRow
 from benchmarks.exactness.heads import HeadRow, SizeRow
+from benchmarks.exactness.memory import MemoryRow
 
 _ABOUT = """\
 # How exact it is
@@ -26,6 +27,9 @@ _ATTENTION = """\
 Models in evaluation mode, float32, every layer, at query rows that are not padding (`rows` were taken, padding among them). The eager
 model's hidden states differ from the other kernel's by rounding, layer by layer; that is in the difference, too. `flash (stand-in)`:
 transformers' own flash-attention integration, calling a stand-in for the `flash_attn` package written in PyTorch, for want of a GPU."""
+_MEMORY = """\
+Everything that is said of one call of random q and k in bf16, 64 rows: the peak of extra memory by the allocator's own counters beside the
+size of the full matrix in float32, and the largest difference of a probability from float64 on the same q and k."""
 _HEADS = """\
 ## Heads: cross-entropy and accuracy against the full logits
 
@@ -41,7 +45,13 @@ The second step of training; `k` is gradient accumulation. A ratio other than 1 
 most 256 labelled rows of a micro-batch (here on all of them)."""
 
 
-def page(attention: Iterable[AttentionRow], heads: Iterable[HeadRow], sizes: Iterable[SizeRow], audits: Iterable[AuditRow]) -> str:
+def page(
+    attention: Iterable[AttentionRow],
+    memory: Iterable[MemoryRow],
+    heads: Iterable[HeadRow],
+    sizes: Iterable[SizeRow],
+    audits: Iterable[AuditRow],
+) -> str:
     """Return the whole page."""
     versions = (
         f"Python {platform.python_version()} · torch {torch.__version__} · transformers {transformers.__version__} · "
@@ -53,6 +63,8 @@ def page(attention: Iterable[AttentionRow], heads: Iterable[HeadRow], sizes: Ite
         f"{date.today().isoformat()} · {device} · {versions}",
         _ATTENTION,
         _table(("model", "layers", "kernel", "mask", "(B, H, S, K)", "rows", "heads", "largest difference"), map(_attention, attention)),
+        _MEMORY,
+        _table(("(B, H, S, K)", "full matrix, MiB", "extra memory, MiB", "largest difference"), map(_memory, memory)),
         _HEADS,
         _table(("model", "head", "logits", "labelled", "cross-entropy", "accuracy"), map(_head, heads)),
         _SIZES,
@@ -73,6 +85,10 @@ def _attention(row: AttentionRow) -> Sequence[str]:
     if row.difference is None:
         return (*about, "", "", "", row.note)
     return (*about, str(row.shape), str(row.rows), str(row.shape[1]), f"{row.difference:.1e}")
+
+
+def _memory(row: MemoryRow) -> Sequence[str]:
+    return (str(row.shape), f"{row.matrix_mib:,.0f}", f"{row.peak_mib:.1f}", f"{row.difference:.1e}")
 
 
 def _head(row: HeadRow) -> Sequence[str]:
