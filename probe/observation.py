@@ -136,13 +136,29 @@ class Observation:
             items: The ``num_items_in_batch`` that ``training_step`` was given, if any.
         """
         counted = items if isinstance(items, (Tensor, int, float)) else None
-        for observer in self._observers:
-            if self.breaker.is_off(observer.name):
-                continue
-            with self.breaker.guard(observer.name):
-                observer.training_step(loss if isinstance(loss, Tensor) else None, counted, self.buffer)
-                if end is not None:
-                    observer.step_end(end, self.buffer)
+        returned = loss if isinstance(loss, Tensor) else None
+
+        def see(observer: Observer) -> None:
+            observer.training_step(returned, counted, self.buffer)
+            if end is not None:
+                observer.step_end(end, self.buffer)
+
+        self._tell(see)
+
+    def before_update(self) -> None:
+        """See the moment before the optimizer's step, if a step is being observed: gradients are clipped, weights are old."""
+        self._tell(lambda observer: observer.before_update(self.buffer))
+
+    def after_update(self) -> None:
+        """See the moment after the optimizer's step, if a step is being observed: weights are new."""
+        self._tell(lambda observer: observer.after_update(self.buffer))
+
+    def _tell(self, event: Callable[[Observer], None]) -> None:
+        """Let every observer that is on see an event of the step that is being observed, outside any forward."""
+        for observer in self._observers if self.buffer.step is not None else ():
+            if not self.breaker.is_off(observer.name):
+                with self.breaker.guard(observer.name), torch.no_grad():
+                    event(observer)
 
     def finish(self) -> Measured | None:
         """Pack the step's numbers, combine them over ranks and send them to the host, without waiting for the copy.

@@ -105,7 +105,7 @@ def test_findings(tmp_path: Path) -> None:
     """The history of findings is read in order, with what a later version writes beside it ignored."""
     path = make(tmp_path / "run", whisper_record(1), findings=(finding(), finding()))
     with (path / "findings.jsonl").open("a") as file:
-        file.write(to_json(finding())[:-1] + ',"state":"closed"}\n{"code":')
+        file.write(to_json(finding())[:-1] + ',"later":"unknown"}\n{"code":')
     run = load(path)
     assert run.findings == (finding(),) * 3
     assert run.truncated

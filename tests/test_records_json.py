@@ -37,6 +37,8 @@ def random_value(hint: Any, rng: random.Random) -> Any:
         return hint(**{field.name: random_value(hints[field.name], rng) for field in fields(hint)})
     if hint is float:
         return rng.choice((rng.gauss(0, 1e6), -0.0, 5e-324, 1.7976931348623157e308, float(rng.randrange(100))))
+    if hint is bool:
+        return rng.random() < 0.5
     if hint is int:
         return rng.randrange(-(2**62), 2**62)
     assert hint is str

@@ -74,6 +74,12 @@ class Observer(Protocol):
     def step_end(self, end: StepEnd, buffer: StepBuffer) -> None:
         """See the end of the last backward of the step, before clipping."""
 
+    def before_update(self, buffer: StepBuffer) -> None:
+        """See the moment before the optimizer's step: gradients are clipped, weights are old. Not called without a Trainer."""
+
+    def after_update(self, buffer: StepBuffer) -> None:
+        """See the moment after the optimizer's step: weights are new. Not called without a Trainer."""
+
 
 class Watcher:
     """An observer's default behaviour: no cells, no sites, nothing done. Observers override what they need."""
@@ -98,6 +104,12 @@ class Watcher:
         """Do nothing."""
 
     def step_end(self, end: StepEnd, buffer: StepBuffer) -> None:
+        """Do nothing."""
+
+    def before_update(self, buffer: StepBuffer) -> None:
+        """Do nothing."""
+
+    def after_update(self, buffer: StepBuffer) -> None:
         """Do nothing."""
 
 

@@ -9,32 +9,51 @@ Shapes: B batch, T audio frames, S tokens, H heads, D width, V vocabulary.
 from __future__ import annotations
 
 from probe.records.attention import Attention, Branches, HeadwiseAttention
+from probe.records.checks import AudioChecks, BatchChecks, LabelChecks
+from probe.records.counterfactual import Counterfactual, Effect, Intervention, SampleEffect, Use, Verdict
+from probe.records.finding import Finding, FindingState, Severity
 from probe.records.inputs import AudioSegment, Inputs, InputSample, InputTensor
+from probe.records.modes import Modes
 from probe.records.outputs import Accuracy, Head, HeadSample, SiteStatistics
+from probe.records.setup import Setup
 from probe.records.sites import AttentionKind, Modality, Role, Site
-from probe.records.step import Finding, StepRecord
-from probe.records.training import Conditioning, LossAudit, Optimisation, Part
+from probe.records.step import StepRecord
+from probe.records.training import ActivationGradient, Conditioning, LossAudit, Optimisation, Part
 
 __all__ = [
     "Accuracy",
+    "ActivationGradient",
     "Attention",
     "AttentionKind",
+    "AudioChecks",
     "AudioSegment",
+    "BatchChecks",
     "Branches",
     "Conditioning",
+    "Counterfactual",
+    "Effect",
     "Finding",
+    "FindingState",
     "Head",
     "HeadSample",
     "HeadwiseAttention",
     "InputSample",
     "InputTensor",
     "Inputs",
+    "Intervention",
+    "LabelChecks",
     "LossAudit",
     "Modality",
+    "Modes",
     "Optimisation",
     "Part",
     "Role",
+    "SampleEffect",
+    "Setup",
+    "Severity",
     "Site",
     "SiteStatistics",
     "StepRecord",
+    "Use",
+    "Verdict",
 ]

@@ -12,7 +12,8 @@ class LossAudit:
     ``backpropagated`` and ``expected`` are over all micro-batches, averaged over ranks; ``ratio`` is the first by the second. ``logged``
     is what the Trainer's log said of this very step (only with ``logging_steps=1``). ``reduction`` says in words how ``expected`` was
     put together; ``standard_error`` is that of ``expected`` where only some rows of a head were evaluated (0: all were). ``causes``
-    explains, most telling first, what is off; empty when nothing is.
+    explains, most telling first, what is off; empty when nothing is. ``kinds`` is as long: the short name of each cause (see
+    :mod:`probe.assemble.loss_causes`).
     """
 
     backpropagated: float | None = None
@@ -22,14 +23,20 @@ class LossAudit:
     reduction: str = ""
     standard_error: float = 0.0
     causes: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of the model (encoder, projector, heads, the rest): what trains in it and what gradient reached it.
+    """One part of the model, or one layer of it: what trains in it, what gradient reached it, and how far the update moved it.
 
-    ``parameters`` counts elements; ``trainable_share`` is the share of them with ``requires_grad``. ``without_gradient`` counts
-    parameter tensors that should train and received none. ``gradient_norm`` is the L2 norm before clipping.
+    ``parameters`` counts elements; ``trainable_share`` is the share of them with ``requires_grad``. ``tensors`` counts parameter tensors
+    that should train, ``without_gradient`` those of them that received no gradient (``None``: gradients could not be read, see
+    ``not_measured``). ``gradient_norm`` is the L2 norm before clipping, ``clipped_norm`` as the optimizer gets it. ``nonfinite``:
+    whether the gradient holds a NaN or Inf. The rest is from a fixed sample of ``sampled`` elements: ``zero_share`` of gradients that
+    are exactly 0, ``update_ratio`` the norm of what the step added to the weights by the norm of the weights, ``unchanged_share`` the
+    share of elements with a gradient that the step left as they were, ``weight_rms`` the root mean square of the weights.
+    ``dtype`` is that of the weights that train.
     """
 
     name: str
@@ -37,6 +44,30 @@ class Part:
     trainable_share: float
     without_gradient: int | None = None
     gradient_norm: float | None = None
+    tensors: int = 0
+    clipped_norm: float | None = None
+    nonfinite: bool = False
+    sampled: int = 0
+    zero_share: float | None = None
+    update_ratio: float | None = None
+    unchanged_share: float | None = None
+    weight_rms: float | None = None
+    dtype: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class ActivationGradient:
+    """The gradient of the loss that reached one site's output in one step, over all calls, micro-batches and ranks, unscaled.
+
+    ``norm`` is the L2 norm, ``rms`` the root mean square an element; ``None`` where it holds a NaN or Inf (then ``nonfinite`` counts the
+    calls whose gradient did).
+    """
+
+    site: str
+    calls: int
+    norm: float | None = None
+    rms: float | None = None
+    nonfinite: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,11 +28,24 @@ class TrainerEvents(Protocol):
     def step_begins(self) -> None:
         """An optimizer step is about to begin."""
 
+    def before_update(self) -> None:
+        """The optimizer is about to step: gradients are clipped, weights are old (with DeepSpeed it already has)."""
+
+    def after_update(self) -> None:
+        """The optimizer has stepped; gradients are still there."""
+
     def step_ended(self, global_step: int) -> None:
         """``on_step_end`` was called; ``global_step`` tells whether a step really ended."""
 
     def logs(self, logs: dict[str, Any], state: TrainerState) -> None:
         """The Trainer is about to hand ``logs`` to its integrations."""
+
+    def predicting(self) -> None:
+        """A batch of an evaluation or a prediction has been run."""
+
+    @property
+    def stop_wanted(self) -> bool:
+        """Whether training is to end, on every rank at this point."""
 
     def pause(self) -> None:
         """An evaluation or a checkpoint has been made: publish what waits."""
@@ -60,17 +73,34 @@ class Conductor(TrainerCallback):  # type: ignore[misc,unused-ignore]
         if self._events is not None:
             self._events.step_begins()
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Pass on."""
         if self._events is not None:
+            self._events.before_update()
+
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Pass on."""
+        if self._events is not None:
+            self._events.after_update()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Pass on, and end training if that is wanted."""
+        if self._events is not None:
             self._events.step_ended(state.global_step)
+            self._stop(control)
+
+    def on_prediction_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Pass on."""
+        if self._events is not None:
+            self._events.predicting()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
-        """Pass on."""
+        """Pass on, and end training if that is wanted."""
         if self._events is not None and logs is not None:
             self._events.logs(logs, state)
+            self._stop(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Pass on."""
@@ -86,3 +116,7 @@ class Conductor(TrainerCallback):  # type: ignore[misc,unused-ignore]
         """Pass on."""
         if self._events is not None:
             self._events.train_ended()
+
+    def _stop(self, control: TrainerControl) -> None:
+        if self._events is not None and self._events.stop_wanted:
+            control.should_training_stop = True

@@ -131,6 +131,22 @@ class TrainerSession:
         """Let go of the last step's inputs and captures."""
         self.observation.buffer.clear()
 
+    def before_update(self) -> None:
+        """Pass on to what is observed."""
+        self.observation.before_update()
+
+    def after_update(self) -> None:
+        """Pass on to what is observed."""
+        self.observation.after_update()
+
+    def predicting(self) -> None:
+        """Pass on to what is observed."""
+
+    @property
+    def stop_wanted(self) -> bool:
+        """Whether training is to end now."""
+        return False
+
     def step_ended(self, global_step: int) -> None:
         """Publish the step before; send off this one if it was sampled and has really ended (subclasses fire this event early, too)."""
         step = self.observation.buffer.step
