@@ -15,7 +15,7 @@ class Finding:
 
     critical: the result will be wrong or wasted unless the training is stopped; warning: probably; info: worth knowing. ``state`` is
     what became of it at step ``step``: it opened, its severity changed, or it closed. ``message`` says what was seen, with the value and
-    the bound; ``advice`` what to do next. ``evidence`` holds the numbers by name.
+    the bound; ``advice`` what to do next. ``evidence`` holds the numbers by name. ``time`` is that of the record of ``step``.
     """
 
     code: str
@@ -27,3 +27,4 @@ class Finding:
     state: FindingState = "opened"
     step: int = 0
     advice: str = ""
+    time: float = 0.0
