@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 AUDIO_FEATURES = ("input_features", "audio_features", "input_values", "audio_values", "speech_features", "speech")
+FEATURE_MASKS = ("feature_attention_mask", "input_features_mask", "audio_feature_attention_mask")
 AUDIO_CODES = ("audio_input_ids", "audio_in_ids", "audio_out_ids", "audio_codes", "codec_ids")
 AUDIO_CODE_MASKS = {"audio_input_ids": "audio_input_ids_mask"}
 TEXT_LABELS = ("labels", "label_ids", "shift_labels")

@@ -16,6 +16,7 @@ from probe.sites.names import class_name, is_pretrained, module_names, unwrapped
 
 _AUDIO_TOKEN = re.compile(r"(?:^|_)(?:audio|boa|eoa)_(?:.*_)?(?:token_(?:id|idx|index)|bos_id|eos_id|pad_id)$")
 _CODE_ID = re.compile(r"(?:^|_)audio_stream_")
+_BORDER_CODES = ("audio_stream_bos_id", "audio_stream_eos_id")
 _PLACEHOLDERS = (
     "audio_token_id",
     "audio_token_index",
@@ -51,6 +52,7 @@ class ModelFacts:
         padding_token: Id that pads token sequences; ``None`` if the configs do not tell.
         ends_with_padding: That id also ends a text (or no other is known to).
         logit_factor, logit_softcap: What the class does to the logits of its text head, see :mod:`probe.sites.conventions`.
+        border_codes: Codes that begin and end a stream of each codebook (``audio_stream_bos_id``, ``audio_stream_eos_id``): no sound.
     """
 
     model_class: str
@@ -65,6 +67,7 @@ class ModelFacts:
     ends_with_padding: bool = True
     logit_factor: float = 1.0
     logit_softcap: float | None = None
+    border_codes: tuple[int, ...] = ()
 
 
 def read_facts(model: nn.Module) -> ModelFacts:
@@ -88,6 +91,7 @@ def read_facts(model: nn.Module) -> ModelFacts:
         ends_with_padding=ends,
         logit_factor=factor,
         logit_softcap=softcap,
+        border_codes=_border_codes(configs),
     )
 
 
@@ -129,6 +133,15 @@ def _audio_tokens(configs: tuple[Any, ...]) -> tuple[tuple[str, int], ...]:
             if ids:
                 found[name] = ids
     return tuple((name, each) for name, ids in found.items() for each in ids)
+
+
+def _border_codes(configs: tuple[Any, ...]) -> tuple[int, ...]:
+    """Collect the ids by which streams of codes begin and end, the outermost config's that names them."""
+    for config in configs:
+        codes = [field_of(config, name) for name in _BORDER_CODES]
+        if any(_is_id(code) for code in codes):
+            return tuple(code for code in codes if _is_id(code))
+    return ()
 
 
 def _is_id(value: Any) -> bool:

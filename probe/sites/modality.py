@@ -16,6 +16,7 @@ from torch import Tensor
 
 from probe.capture.microbatch import MicroBatch, named_output
 from probe.sites.audio_masks import Cover, audio_masks, cover_everything, cover_of
+from probe.sites.batch import FEATURE_MASKS
 from probe.sites.reference import INPUT_ONLY, AudioRoles, stands_for_given, unlabelled_runs
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ REFERENCE = 3
 _OUTPUT_AUDIO_MASKS = ("audio_in_mask", "audio_in_discrete_codes_mask", "audio_out_mask")
 _SEGMENT_STARTS = ("audio_in_ids_start", "audio_out_ids_start")
 _FEATURES = ("input_features", "audio_features")
-_FEATURE_MASKS = ("feature_attention_mask", "input_features_mask", "audio_feature_attention_mask")
 _IGNORED_LABEL = -100
 
 
@@ -180,7 +180,7 @@ def sounding_frames(micro: MicroBatch) -> Tensor | None:
     features_CMT = next((value for name in _FEATURES if (value := _tensor(micro, name, 3)) is not None), None)
     if features_CMT is not None and (features_CMT.numel() == 0 or not features_CMT.is_floating_point()):
         features_CMT = None
-    for name in _FEATURE_MASKS:
+    for name in FEATURE_MASKS:
         mask_CT = _tensor(micro, name, 2)
         if mask_CT is not None:
             return mask_CT != 0
