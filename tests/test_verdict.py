@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from probe.findings.verdict import EARLY, ERRORS, LEAK, MATTERS, MOST_PASSES, NOTHING, pooled_verdict
+from probe.findings.verdict import EARLY, ENOUGH_SAMPLES, ERRORS, LEAK, MATTERS, NOTHING, pooled_verdict
 from probe.records import BatchChecks, Counterfactual, Effect, Intervention, Modality, StepRecord, Verdict
 from records_factory import whisper_record
 
@@ -80,18 +80,27 @@ def test_exchange_alone_does_not_tell_ignored() -> None:
 
 
 def test_the_order_of_frames_gives_a_leak_away() -> None:
-    """Of a model that predicts audio, reversed audio that costs more than half of another's is a leak; text needs the order."""
+    """Of a model that predicts audio, reversed audio that costs a third of what another's does is a leak; text needs the order."""
     assert verdict(late(swap=2.0, silence=4.0, reverse=1.2)).use == "leaked"
+    assert "60%" in verdict(late(swap=2.0, silence=4.0, reverse=1.2)).because
     assert verdict(late(swap=2.0, silence=4.0, reverse=LEAK * 2.0)).use == "used"
     assert verdict(late(swap=2.0, silence=4.0, reverse=1.2, modality="text")).use == "used"
     assert verdict(late(swap=0.06, silence=4.0, reverse=MATTERS - 0.001)).use == "used"
 
 
 def test_a_leak_is_certain_or_not_said() -> None:
-    """The order has to cost more than half beyond the errors of both numbers."""
+    """The order has to cost more than its share beyond the errors of both numbers."""
     edge = LEAK * 1.0 + ERRORS * math.hypot(0.002, LEAK * 0.002) / math.sqrt(3)
     assert verdict(late(swap=1.0, silence=1.0, reverse=edge + 1e-5)).use == "leaked"
     assert verdict(late(swap=1.0, silence=1.0, reverse=edge - 1e-5)).use == "used"
+
+
+def test_compared_codes_go_before_the_order_of_frames() -> None:
+    """Where the codes of references are known not to be their targets', the order of the frames accuses nobody."""
+    apart = BatchChecks(8, reference_compared=8, reference_matches=0)
+    assert verdict(late(swap=2.0, silence=4.0, reverse=1.9, checks=apart)).use == "used"
+    unknown = BatchChecks(8)
+    assert verdict(late(swap=2.0, silence=4.0, reverse=1.9, checks=unknown)).use == "leaked"
 
 
 def test_matching_codes_are_a_leak() -> None:
@@ -204,12 +213,16 @@ def test_the_error_of_batches_of_one_is_that_over_passes() -> None:
 
 
 def test_only_the_newest_passes_count() -> None:
-    """What a model did long ago does not weigh on what it does now."""
-    old = passes(*range(LATE, LATE + 20), swap=0.0, silence=0.0)
-    new = passes(*range(LATE + 20, LATE + 20 + MOST_PASSES), swap=0.4, silence=1.0)
-    found = verdict([*old, *new])
-    assert found.passes == MOST_PASSES
-    assert found.evidence["delta_loss_swap"] == pytest.approx(0.4)
+    """What a model did long ago does not weigh on what it does now: no more passes than bring enough samples, but three."""
+    count = ENOUGH_SAMPLES // 8
+    old, new = range(LATE, LATE + 20), range(LATE + 20, LATE + 20 + count)
+    found = verdict([*passes(*old, swap=0.0, silence=0.0), *passes(*new, swap=0.4, silence=1.0)])
+    assert (found.passes, found.evidence["delta_loss_swap"]) == (count, pytest.approx(0.4))
+    many = [
+        whisper_record(step, counterfactual=Counterfactual(("x",), (effect("swap", delta, samples=500),)))
+        for step, delta in enumerate((9.0, 0.4, 0.4, 0.4), LATE)
+    ]
+    assert (verdict(many).passes, verdict(many).evidence["delta_loss_swap"]) == (3, pytest.approx(0.4))
 
 
 def test_unmeasured_and_non_finite_effects_are_left_out() -> None:

@@ -10,21 +10,24 @@ from probe.records import Effect, Intervention, Modality, StepRecord, Use, Verdi
 
 LEAST_PASSES = 3
 """One pass is one micro-batch: its samples may be alike, and what happened to be exchanged in it may have been too."""
-MOST_PASSES = 8
-"""Of the newest; a model's use of its audio changes while it learns."""
+ENOUGH_SAMPLES = 32
+"""Only as many of the newest passes are pooled as bring so many samples: a model's use of its audio changes while it learns."""
 ERRORS = 3.0
 """Standard errors that count as certain: 1 in 400 by chance with many samples, 1 in 17 with two samples in each of three passes."""
 NOTHING = 0.02
 """Nats a token below which another sample's audio changes nothing: 2 % of the perplexity."""
 MATTERS = 0.05
 """Nats a token from which on the audio matters: 5 % of the perplexity. Silence and reversed audio may cost up to this for being strange."""
-LEAK = 0.5
-"""Share of what another's audio costs from which on the order of the frames is most of what is taken from them."""
+LEAK = 1 / 3
+"""Share of what another's audio costs from which on too much is taken from the order of the frames for a voice."""
 EARLY = 300
 """Steps in which a model may not yet have learnt to listen; of the example cloner the healthy ones took about 100."""
 SAME, COMPARED = 0.9, 4
 """Share of references that are their targets from which on it is no accident, and how many have to have been compared."""
 _EXACTLY = 1e-9
+
+_INTERVENTIONS: tuple[Intervention, ...] = ("swap", "silence", "reverse")
+_CHANGES: dict[Intervention, str] = {"swap": "with another sample's audio", "silence": "with silence", "reverse": "with reversed audio"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +72,7 @@ def pooled_verdict(records: Sequence[StepRecord]) -> Verdict | str:
     same = _reference_is_target(records, modality)
     if same is not None:
         return same
-    passes = [record for record in records if record.counterfactual is not None][-MOST_PASSES:]
+    passes = _newest_passes(records)
     if len(passes) < LEAST_PASSES:
         reason = records[-1].not_measured.get("counterfactual", "") if records and not passes else ""
         return reason or f"{len(passes)} counterfactual passes so far, a verdict takes {LEAST_PASSES}"
@@ -82,21 +85,17 @@ def pooled_verdict(records: Sequence[StepRecord]) -> Verdict | str:
     if isinstance(decided, str):
         return decided
     use, because = decided
+    if use == "used" and modality == "audio" and not _codes_compared(records) and _needs_order(effects):
+        share = effects["reverse"].delta / effects["swap"].delta
+        use, because = "leaked", f"{_said(effects)}: {share:.0%} of what its own reference gives lies in the order of the frames"
     return Verdict(use, modality, max(pooled.passes for pooled in effects.values()), because, _evidence(effects, passes, modality))
 
 
-_INTERVENTIONS: tuple[Intervention, ...] = ("swap", "silence", "reverse")
-_CHANGES: dict[Intervention, str] = {"swap": "with another sample's audio", "silence": "with silence", "reverse": "with reversed audio"}
-
-
 def _by_exchange(effects: Effects, modality: Modality, step: int) -> tuple[Use, str] | str:
-    """Decide from what another sample's audio costs; silence and reversed audio tell the rest."""
+    """Decide from what another sample's audio costs, and where that is nothing from what silence and reversed audio cost."""
     swap, others = effects["swap"], {name: pooled for name, pooled in effects.items() if name != "swap"}
     seen = _said(effects)
     if swap.delta >= MATTERS and swap.low > 0:
-        if modality == "audio" and _needs_order(swap, effects.get("reverse")):
-            share = effects["reverse"].delta / swap.delta
-            return "leaked", f"{seen}: {share:.0%} of what the reference gives lies in the order of its frames, which no other clip has"
         return "used", f"{seen}: at least {MATTERS} is use"
     if swap.within(NOTHING):
         if not others:
@@ -134,11 +133,22 @@ def _uncertain(seen: str) -> str:
     return f"{seen}: not certain yet, more passes or larger batches will tell"
 
 
-def _needs_order(swap: Pooled, reverse: Pooled | None) -> bool:
-    """Whether reversed audio certainly costs more than ``LEAK`` of what another's costs, and matters."""
-    if reverse is None or reverse.delta < MATTERS:
+def _needs_order(effects: Effects) -> bool:
+    """Whether reversed audio matters, and certainly costs more than ``LEAK`` of what another's costs."""
+    swap, reverse = effects.get("swap"), effects.get("reverse")
+    if swap is None or reverse is None or reverse.delta < MATTERS:
         return False
     return reverse.delta - LEAK * swap.delta > ERRORS * math.hypot(reverse.error, LEAK * swap.error)
+
+
+def _newest_passes(records: Sequence[StepRecord]) -> list[StepRecord]:
+    passes: list[StepRecord] = []
+    samples = 0
+    for record in reversed(records):
+        if record.counterfactual is not None and (len(passes) < LEAST_PASSES or samples < ENOUGH_SAMPLES):
+            passes.insert(0, record)
+            samples += max((effect.samples for effect in record.counterfactual.effects), default=0)
+    return passes
 
 
 def _said(effects: Effects) -> str:
@@ -161,6 +171,11 @@ def _reference_is_target(records: Sequence[StepRecord], modality: Modality) -> V
     because = f"in {matches} of {compared} samples the codes of the reference are those of the target"
     evidence = {"reference_matches": float(matches), "reference_compared": float(compared), "bound_same": SAME}
     return Verdict("leaked", modality, sum(record.counterfactual is not None for record in records), because, evidence)
+
+
+def _codes_compared(records: Sequence[StepRecord]) -> bool:
+    """Whether references could be compared with their targets code by code: then the order of the frames has nothing to add."""
+    return any(record.checks is not None and bool(record.checks.reference_compared) for record in records)
 
 
 def _pooled(passes: Sequence[StepRecord], intervention: Intervention, modality: Modality) -> Pooled | None:
