@@ -188,7 +188,7 @@ def test_audio_tokens_decide_where_audio_is_predicted() -> None:
 def test_pooling_is_the_mean_over_tokens() -> None:
     """Effect and error are those of the samples of all passes together, weighted by tokens."""
     rng = random.Random(3)
-    drawn = [(rng.uniform(0.5, 1.5), rng.uniform(0.01, 0.05), rng.randint(50, 300)) for _ in range(5)]
+    drawn = [(rng.uniform(0.5, 1.5), rng.uniform(0.01, 0.05), rng.randint(50, 300)) for _ in range(4)]
     records = [
         whisper_record(step, counterfactual=Counterfactual(("x",), (effect("swap", delta, error, tokens=tokens),)))
         for step, (delta, error, tokens) in enumerate(drawn, LATE)
