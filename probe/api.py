@@ -16,7 +16,7 @@ from probe.callbacks import (
     ZeroShotVerificationLoggerCallback,
 )
 from probe.errors import AttachError, ProbeTypeError
-from probe.settings import CompileMode, Options, Settings, SiteChoices, check_keep
+from probe.settings import CompileMode, OnFinding, Options, Settings, SiteChoices, StopOn, check_keep
 from probe.sites.choices import named_choices
 from probe.trainer.record_callback import RecordCallback
 from probe.trainer.wiring import is_switched_off, watch_trainers
@@ -31,6 +31,8 @@ def attach(
     keep: Collection[str] = (),
     budget_mib: float = 64,
     compile: CompileMode = "window",  # noqa: A002  (torch and transformers call it so)
+    stop_on: StopOn | None = None,
+    on_finding: OnFinding | None = None,
     settings: Settings | None = None,
 ) -> Probe:
     """Observe the training of a model by any Hugging Face Trainer, before or after the Trainer is built.
@@ -47,6 +49,9 @@ def attach(
         keep: Names, roles or name patterns of sites whose output tensors stay in ``p.buffer`` until the next step begins.
         budget_mib: Upper bound in MiB of what the step buffer holds; what does not fit is left out and named.
         compile: "window" runs sampled steps of a compiled model eagerly; "off" leaves compiled models unobserved.
+        stop_on: "critical" or "warning": training ends, on every rank at the same step, when a finding at least that severe opens.
+        on_finding: Called on rank 0 with every :class:`probe.records.Finding` that opens, changes its severity or closes, when the
+            record of its step is published. An error in it is said once and switches it off.
         settings: What is rarer.
 
     Returns:
@@ -62,7 +67,8 @@ def attach(
         inner = getattr(given, "model", None)
         hint = "; pass its .model instead" if isinstance(inner, nn.Module) else ""
         raise ProbeTypeError(f"attach(model): expected a torch.nn.Module, got {type(given).__name__}{hint}")
-    options = Options(every, tokenizer, sites, check_keep(keep), budget_mib, compile, Settings() if settings is None else settings)
+    rare = Settings() if settings is None else settings
+    options = Options(every, tokenizer, sites, check_keep(keep), budget_mib, compile, rare, stop_on, on_finding)
     options = replace(options, sites=named_choices(model, options.sites))
     if is_switched_off():
         return Probe(model, options, callbacks=_four, enabled=False)

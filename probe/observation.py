@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from probe.assemble.draft import PartFacts, RunContext
+from probe.assemble.draft import RunContext
 from probe.assemble.record import assemble
 from probe.assemble.text import Decoder
 from probe.capture.breaker import Breaker
@@ -18,17 +18,23 @@ from probe.capture.buffer import StepBuffer, fixed_bytes
 from probe.capture.cells import Cell
 from probe.capture.hooks import HookSet
 from probe.capture.observer import Observer, StepEnd
+from probe.capture.observers.activation_gradients import ActivationGradientWatcher
+from probe.capture.observers.adapters import AdapterWatcher
 from probe.capture.observers.attention import AttentionWatcher
 from probe.capture.observers.branches import BranchWatcher
-from probe.capture.observers.gradients import GradientWatcher, parts_of
+from probe.capture.observers.gradients import STILL_SCALED, GradientWatcher
 from probe.capture.observers.head_unseen import HeadEvaluator
 from probe.capture.observers.heads import HeadWatcher
 from probe.capture.observers.inputs import InputWatcher
 from probe.capture.observers.loss import LossWatcher
 from probe.capture.observers.modality import ModalityWatcher
 from probe.capture.observers.statistics import StatisticsWatcher
+from probe.capture.observers.updates import UpdateWatcher
+from probe.capture.schedule import PassCadence
 from probe.capture.totals import Totals
 from probe.capture.window import Window
+from probe.counterfactual.groups import language_tokens
+from probe.counterfactual.watcher import CounterfactualWatcher
 from probe.errors import ProbeValueError
 from probe.foreign.trainer_loss import LossSettings
 from probe.merge.layout import make_layout
@@ -36,9 +42,12 @@ from probe.merge.packing import Transfer, pack
 from probe.merge.ranks import agree, here
 from probe.records import Site, StepRecord
 from probe.settings import Options, Settings
+from probe.sites.adapter_weights import adapter_outputs
 from probe.sites.choices import choices_below
 from probe.sites.discovery import Discovery, discover
+from probe.sites.facts import core_model
 from probe.sites.names import module_names
+from probe.sites.parts import count, divide
 from probe.sites.reduction import read_reduction
 
 MIB = 1024 * 1024
@@ -89,7 +98,8 @@ class Observation:
         self.breaker = Breaker(say)
         self._model = model
         keep = {name for kept in options.keep for name in (kept, f"{prefix}.{kept}")}
-        self._observers = _observers(model, self.discovery, keep, options.settings, self.breaker)
+        self._counterfactual = _counterfactual(model, self.discovery, around, options)
+        self._observers = [*_observers(model, self.discovery, keep, options.settings, self.breaker), self._counterfactual]
         self._parts = [*(observer.name for observer in self._observers), "packing"]
         step_cell = Cell("step", counts=("ranks", "micro_batches", *(f"failed:{part}" for part in self._parts)))
         self._layout = make_layout([step_cell, *(cell for observer in self._observers for cell in observer.cells())])
@@ -101,14 +111,16 @@ class Observation:
         self.buffer = StepBuffer(budget_bytes=int(options.budget_mib * MIB), sites=tuple(sites), cells=self._layout.cells)
         reduction = read_reduction(model, self.discovery.sites.sites, self.discovery.facts)
         self._run = replace(_context(model, self.discovery, options, processors, say), loss_settings=loss, reduction=reduction)
+        self._run = replace(self._run, languages=language_tokens(core_model(model), processors))
         self.ranks = here()
 
-    def join(self, every: Collection[int]) -> None:
-        """Agree with the other ranks on what is observed, and on the steps that these cadences sample. May wait for them.
+    def join(self, every: Collection[int], *, stop_on: str | None = None) -> None:
+        """Agree with the other ranks on what is observed, in the steps that these cadences sample, and when to stop. May wait for them.
 
         Called when nothing can fail any more before the first step: ranks that have agreed wait for each other in every sampled step.
         """
-        self.ranks = agree(self._layout.fingerprint(), every=every)
+        self.ranks = agree(self._layout.fingerprint(), every=every, stop_on=stop_on)
+        self._counterfactual.begin(every, compiled=self.window.compiled, closed=self.window.closed)
         alone = {"ranks": self.ranks.reason} if self.ranks.reason else {}
         self._run = replace(self._run, world=self.ranks.world, reasons={**self._run.reasons, **alone})
 
@@ -145,8 +157,13 @@ class Observation:
 
         self._tell(see)
 
-    def before_update(self) -> None:
-        """See the moment before the optimizer's step, if a step is being observed: gradients are clipped, weights are old."""
+    def before_update(self, *, still_scaled: bool = False) -> None:
+        """See the moment before the optimizer's step, if a step is being observed: gradients are clipped, weights are old.
+
+        Args:
+            still_scaled: Gradients still carry the factor of fp16 training (nothing was clipped, so nothing has divided it out).
+        """
+        self.buffer.totals.tell(STILL_SCALED, still_scaled)
         self._tell(lambda observer: observer.before_update(self.buffer))
 
     def after_update(self) -> None:
@@ -171,7 +188,7 @@ class Observation:
             return None
         failed = [float(self.breaker.is_off(part)) for part in self._parts]
         totals.add("step", counts=[1.0, float(len(self.buffer.micro_batches)), *failed])
-        device = self.ranks.device(next((p.device for p in self._model.parameters()), torch.device("cpu")))
+        device = self.ranks.device(self._device())
         packed = None
         with self.breaker.guard("packing"):
             packed = pack(totals, self._layout, device=device)
@@ -183,6 +200,13 @@ class Observation:
         if self.ranks.world > 1 and self.ranks.merged:
             self.ranks.reduce(sums, maxima)
         return Measured(step, Transfer(totals, self._layout, sums, maxima), len(self.buffer.micro_batches), self.buffer.kept())
+
+    def any_rank(self, wish: bool) -> bool:
+        """Tell whether this rank or, where ranks are merged, any other one wishes something. Every rank has to ask; waits for them."""
+        return self.ranks.any(wish, self._device())
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self._model.parameters()), torch.device("cpu"))
 
     def record(self, measured: Measured, *, logged: float | None = None) -> StepRecord:
         """Return the record of a step. Waits for its numbers if they are still under way. ``logged``: the Trainer's log of this step alone.
@@ -202,6 +226,13 @@ class Observation:
         self.buffer.clear()
 
 
+def _counterfactual(model: nn.Module, found: Discovery, around: nn.Module, options: Options) -> CounterfactualWatcher:
+    """Return the observer that comes last: what it does at a step's end is done when the others have read the gradients."""
+    settings = options.settings
+    cadence = PassCadence(options.every, settings.counterfactual_every)
+    return CounterfactualWatcher(model, found, around=around, cadence=cadence, named=settings.conditions, group_by=settings.group_by)
+
+
 def _check_budget(options: Options, fixed: int) -> None:
     if fixed > options.budget_mib * MIB:
         least = f"the sums of this model's sites alone take {fixed / MIB:.3g} MiB"
@@ -217,6 +248,7 @@ def _hooks(found: Discovery, sites: Mapping[str, Site], observers: Sequence[Obse
 def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settings: Settings, breaker: Breaker) -> list[Observer]:
     """Return all observers: the one list that a new concern is added to."""
     sites = found.sites.sites
+    division = divide(model, sites)
     return [
         InputWatcher(found.facts, keep_text=settings.keep_text),
         StatisticsWatcher(sites, keep=keep),
@@ -224,16 +256,19 @@ def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settin
         ModalityWatcher(sites, found.facts, mask_takers=found.mask_takers),
         AttentionWatcher(sites, breaker, rows=settings.attention_rows),
         BranchWatcher(sites),
-        GradientWatcher(parts_of(model, sites, found.modules), sites, breaker),
+        ActivationGradientWatcher(sites, breaker),
+        GradientWatcher(division),
+        UpdateWatcher(division),
+        AdapterWatcher(adapter_outputs(model)),
         LossWatcher(),
     ]
 
 
 def _context(model: nn.Module, found: Discovery, options: Options, processors: Sequence[Any], say: Callable[[str], None]) -> RunContext:
-    parts = tuple(PartFacts(p.name, p.elements, p.trainable) for p in parts_of(model, found.sites.sites, found.modules))
+    units = count(divide(model, found.sites.sites))
     reasons = {} if options.settings.keep_text else {"inputs/text": "token ids and text are left out by keep_text=False"}
     decoder = Decoder(processors, say)
-    return RunContext(found.sites, found.facts, parts, 1, decoder, reasons, _frames_per_second(processors))
+    return RunContext(found.sites, found.facts, units, 1, decoder, reasons, _frames_per_second(processors))
 
 
 def _frames_per_second(processors: Sequence[Any]) -> float | None:

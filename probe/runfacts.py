@@ -21,6 +21,8 @@ def run_facts(observation: Observation, options: Options) -> dict[str, Any]:
             "keep": sorted(options.keep),
             "budget_mib": options.budget_mib,
             "compile": options.compile,
+            "stop_on": options.stop_on,
+            "on_finding": _name(options.on_finding),
             **{name: str(value) if name == "run_folder" and value else value for name, value in asdict(options.settings).items()},
         },
         "sites": [asdict(site) for site in found.sites.sites],
@@ -28,3 +30,7 @@ def run_facts(observation: Observation, options: Options) -> dict[str, Any]:
         "model": asdict(found.facts),
         "ranks": observation.ranks.world,
     }
+
+
+def _name(function: Any) -> str | None:
+    return None if function is None else str(getattr(function, "__qualname__", type(function).__name__))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 from probe.errors import ProbeTypeError, ProbeValueError
-from probe.records import Role
+from probe.records import Finding, Role
 
 if TYPE_CHECKING:
     from torch import nn
 
 CompileMode = Literal["window", "off"]
+StopOn = Literal["critical", "warning"]
+OnFinding: TypeAlias = "Callable[[Finding], object]"
 SiteChoice: TypeAlias = "str | nn.Module | Sequence[str | nn.Module]"
 SiteChoices: TypeAlias = "Literal['auto'] | Mapping[str, SiteChoice]"
 
@@ -28,6 +30,12 @@ class Settings:
         terminal: Print the sections. Metrics and the run folder are not affected.
         run_folder: Where to write; ``None`` is ``<output_dir>/_probe``.
         write_kept: Write the tensors of the sites in ``keep=`` to ``kept/step-*.safetensors`` in the run folder, too.
+        counterfactual_every: In which steps the last micro-batch is run again with its audio changed: with ``None`` those that
+            5 · ``every`` divides, and the first sampled step before which 20 were made; with a number those sampled steps that it
+            divides; 0 never. It costs up to four evaluation forwards of a micro-batch.
+        conditions: Names of the inputs by which the model hears audio, where they cannot be told from the model's sites.
+        group_by: Name of a column of the batch, one value a sample, that counterfactual effects are grouped by; "" groups by the
+            language token of Whisper's labels.
     """
 
     keep_text: bool = True
@@ -35,9 +43,18 @@ class Settings:
     terminal: bool = True
     run_folder: str | os.PathLike[str] | None = None
     write_kept: bool = False
+    counterfactual_every: int | None = None
+    conditions: tuple[str, ...] = ()
+    group_by: str = ""
 
     def __post_init__(self) -> None:
         _check_int("attention_rows", self.attention_rows, 1)
+        if self.counterfactual_every is not None:
+            _check_int("counterfactual_every", self.counterfactual_every, 0)
+        if not isinstance(self.conditions, tuple) or not all(isinstance(name, str) for name in self.conditions):
+            raise ProbeTypeError(f"conditions={self.conditions!r}: expected a tuple of input names such as ('reference_features',)")
+        if not isinstance(self.group_by, str):
+            raise ProbeTypeError(f"group_by={self.group_by!r}: expected the name of a column, got {type(self.group_by).__name__}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +68,8 @@ class Options:
     budget_mib: float = 64.0
     compile: CompileMode = "window"
     settings: Settings = field(default_factory=Settings)
+    stop_on: StopOn | None = None
+    on_finding: OnFinding | None = None
 
     def __post_init__(self) -> None:
         _check_int("every", self.every, 1)
@@ -62,6 +81,10 @@ class Options:
             raise ProbeValueError(f"compile={self.compile!r}: expected one of {', '.join(map(repr, get_args(CompileMode)))}")
         if not isinstance(self.settings, Settings):
             raise ProbeTypeError(f"settings={self.settings!r}: expected a probe.Settings, got {type(self.settings).__name__}")
+        if self.stop_on is not None and self.stop_on not in get_args(StopOn):
+            raise ProbeValueError(f"stop_on={self.stop_on!r}: expected one of {', '.join(map(repr, get_args(StopOn)))}, or None")
+        if self.on_finding is not None and not callable(self.on_finding):
+            raise ProbeTypeError(f"on_finding={self.on_finding!r}: expected a function of a finding, got {type(self.on_finding).__name__}")
         _check_sites(self.sites)
 
     def __eq__(self, other: object) -> bool:
@@ -74,11 +97,11 @@ class Options:
 
     def _comparable(self) -> tuple[Any, ...]:
         sites = self.sites if isinstance(self.sites, str) else {role: _identity(choice) for role, choice in self.sites.items()}
-        return (self.every, sites, self.keep, self.budget_mib, self.compile, self.settings)
+        return (self.every, sites, self.keep, self.budget_mib, self.compile, self.settings, self.stop_on, self.on_finding)
 
     def differences(self, other: Options) -> str:
         """Say in words which options differ, ``name: mine -> theirs``."""
-        names = ("every", "tokenizer", "sites", "keep", "budget_mib", "compile", "settings")
+        names = ("every", "tokenizer", "sites", "keep", "budget_mib", "compile", "settings", "stop_on", "on_finding")
         return ", ".join(
             f"{name}: {_short(getattr(self, name))} -> {_short(getattr(other, name))}"
             for name in names

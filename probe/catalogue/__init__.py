@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from probe.catalogue.attention import attention_metrics
 from probe.catalogue.encoder import encoder_metrics
+from probe.catalogue.findings import finding_metrics
 from probe.catalogue.heads import codebook_metrics, head_metrics
 from probe.catalogue.inputs import branch_metrics, input_metrics
 from probe.catalogue.loss import loss_audit_metrics
-from probe.catalogue.metric import KINDS, POSITIVE, Metric
-from probe.catalogue.training import gradient_metrics
+from probe.catalogue.metric import KINDS, Metric
+from probe.catalogue.reference import reference_detail_metrics, reference_metrics
+from probe.catalogue.training import gradient_metrics, part_metrics
 
 __all__ = ["CATALOGUE", "HEADLINE_LIMIT", "KINDS", "Metric"]
 
@@ -27,24 +29,19 @@ CATALOGUE: tuple[Metric, ...] = (
         "transformers.Trainer.training_step",
         True,
     ),
+    *finding_metrics(),
     *loss_audit_metrics(),
     *head_metrics("text", "text tokens"),
     *head_metrics("audio", "audio tokens"),
+    *reference_metrics(),
     *encoder_metrics(),
     *attention_metrics(),
     *gradient_metrics(),
     *input_metrics(),
     *branch_metrics(),
-    Metric(
-        "probe/grad/<part>/norm",
-        "loss per unit of the weights",
-        POSITIVE,
-        "L2 norm of the gradient over the parameters of one part of the model (audio encoder, projector, heads, the rest), before "
-        "clipping.",
-        "torch.nn.utils.clip_grad_norm_ (the norm that it returns)",
-        True,
-    ),
+    *part_metrics(),
     *codebook_metrics(),
+    *reference_detail_metrics(),
     Metric(
         "probe/step",
         "steps",

@@ -28,7 +28,7 @@ def attention_metrics() -> tuple[Metric, ...]:
     return (
         Metric("probe/attention/entropy", "share", SHARE, entropy, _SHANNON, True),
         *masses[:3],
-        Metric("probe/attention/first_token", "share", SHARE, first, _SINK, True),
+        Metric("probe/attention/first_token", "share", SHARE, first, _SINK),
         Metric("probe/attention/padding", "share", SHARE, padding, _MASS),
         *masses[3:],
         Metric("probe/attention/entropy_nats", "nats", "0 … ln K", nats, _SHANNON),

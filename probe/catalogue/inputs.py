@@ -26,7 +26,6 @@ def input_metrics() -> tuple[Metric, ...]:
             "whole number ≥ 0",
             "Token ids below 0 or not below the number of rows of the input embedding.",
             "rows of get_input_embeddings()",
-            True,
         ),
         Metric(
             f"{area}/audio_clips_constant",
@@ -34,7 +33,6 @@ def input_metrics() -> tuple[Metric, ...]:
             "whole number ≥ 0",
             "Clips whose features are one value everywhere.",
             "maximum == minimum",
-            True,
         ),
         Metric(
             f"{area}/audio_clips",
@@ -62,7 +60,6 @@ def branch_metrics() -> tuple[Metric, ...]:
             SHARE,
             f"Share of the tokens that the {modality} branch received, in layers with separate feed-forward branches for text and audio.",
             "tokens of the branch ÷ tokens of both branches",
-            modality == "text",
         )
         for modality in ("text", "audio")
     )

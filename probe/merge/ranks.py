@@ -63,6 +63,14 @@ class Ranks:
         dist.all_reduce(sums, op=dist.ReduceOp.SUM)
         dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
 
+    def any(self, wish: bool, device: torch.device) -> bool:
+        """Tell whether any rank wishes something: one all-reduce of one number if ranks are merged. Waits for it."""
+        if self.world == 1 or not self.merged:
+            return wish
+        wishes = torch.full((1,), float(wish), device=self.device(device))
+        dist.all_reduce(wishes, op=dist.ReduceOp.MAX)
+        return bool(wishes.cpu()[0] > 0)
+
 
 def here() -> Ranks:
     """Return this process among the others, before they have agreed on anything."""
@@ -71,14 +79,15 @@ def here() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size(), False, "the ranks have not agreed yet")
 
 
-def agree(fingerprint: str, *, every: Collection[int] = (), patience: timedelta | None = None) -> Ranks:
-    """Find out whether every rank watches the same cells in the same steps. Waits for the slowest rank. Never raises.
+def agree(fingerprint: str, *, every: Collection[int] = (), stop_on: str | None = None, patience: timedelta | None = None) -> Ranks:
+    """Find out whether every rank watches the same cells in the same steps, and may stop. Waits for the slowest rank. Never raises.
 
     Rank 0 collects what the others say and settles one decision for all of them.
 
     Args:
         fingerprint: Digest of this rank's layout, or :data:`FAILED` and the reason why this rank observes nothing.
         every: The cadences whose union says which steps are sampled.
+        stop_on: The severity of findings at which training is to end: if some rank has one, all meet to decide.
         patience: How long rank 0 waits for the others; the others wait twice as long for its decision. Default: 30 s.
 
     Returns:
@@ -88,7 +97,7 @@ def agree(fingerprint: str, *, every: Collection[int] = (), patience: timedelta 
     if alone.merged:
         return alone
     rank, world = alone.rank, alone.world
-    said = json.dumps([fingerprint, sorted(every)])
+    said = json.dumps([fingerprint, sorted(every), stop_on])
     try:
         reason = _settle(default_store(), rank, world, said, _PATIENCE if patience is None else patience)
     except Exception as error:  # no store (MPI), or one whose server is gone: neither may stop the training
@@ -141,17 +150,20 @@ def _appear(store: Store, keys: Sequence[str], patience: timedelta) -> bool:
 
 def _compare(mine: str, others: Sequence[str]) -> str:
     """Return :data:`_AGREED`, or how some rank differs from rank 0."""
-    watched, every = json.loads(mine)
+    watched, every, stop_on = json.loads(mine)
     said = [json.loads(other) for other in others]
-    for rank, (what, _) in enumerate([(watched, every), *said]):
+    for rank, (what, *_) in enumerate([(watched, every), *said]):
         if what.startswith(FAILED):
             return f"the probe of rank {rank} {what}"
-    sites = [rank for rank, (what, _) in enumerate(said, start=1) if what != watched]
+    sites = [rank for rank, (what, *_) in enumerate(said, start=1) if what != watched]
     if sites:
         return f"ranks {sites[:_SHOWN]} watch other sites than rank 0"
-    steps = [rank for rank, (_, cadences) in enumerate(said, start=1) if cadences != every]
+    steps = [rank for rank, (_, cadences, _) in enumerate(said, start=1) if cadences != every]
     if steps:
         return f"ranks {steps[:_SHOWN]} sample other steps than rank 0 (every {every})"
+    stops = [rank for rank, (*_, severity) in enumerate(said, start=1) if severity != stop_on]
+    if stops:
+        return f"ranks {stops[:_SHOWN]} have another stop_on than rank 0 ({stop_on!r})"
     return _AGREED
 
 

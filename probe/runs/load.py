@@ -32,7 +32,9 @@ class Run:
     Attributes:
         path: The run folder.
         records: One record a sampled step, by step; where a resume repeated a step, the later line.
-        findings: The lines of ``findings.jsonl`` in order, their whole history; empty without that file.
+        findings: What findings.jsonl says in order, the whole history of findings: each opened, changed and closed. What belongs to a
+            training that was given up is left out, as with records. A finding may open again without having closed: each ``train()``
+            begins with none. What is open at the end is ``records[-1].findings``. Empty without that file.
         facts: What ``run.json`` says: schema, versions, settings, sites, reasons. Empty without that file.
         truncated: Whether a file ended in a cut-off line, which was left out.
         broken_lines: How many other lines could not be read and were left out.
@@ -75,7 +77,7 @@ def load(run_folder: str | os.PathLike[str]) -> Run:
     return Run(
         path=path,
         records=_newest_branch(records),
-        findings=tuple(findings),
+        findings=_standing(findings, records),
         facts=facts,
         truncated=records_cut or findings_cut,
         broken_lines=records_broken + findings_broken,
@@ -94,6 +96,13 @@ def _newest_branch(records: list[StepRecord]) -> tuple[StepRecord, ...]:
             branch.pop()
         branch.append(record)
     return tuple(branch)
+
+
+def _standing(findings: list[Finding], records: list[StepRecord]) -> tuple[Finding, ...]:
+    """Return the events after which no training went back to their step or to an earlier one."""
+    return tuple(
+        finding for finding in findings if not any(record.step <= finding.step and record.time > finding.time for record in records)
+    )
 
 
 def _find(path: Path) -> Path:

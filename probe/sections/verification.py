@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from probe.records import Conditioning, Finding, Part, SiteStatistics, StepRecord
-from probe.sections.blocks import Block, Column, Fact, Facts, Note, Section, Table, Tone
+from probe.records import Conditioning, Part, SiteStatistics, StepRecord
+from probe.sections.blocks import Block, Column, Fact, Facts, Note, Section, Table
+from probe.sections.conditioning import conditioning_blocks
+from probe.sections.findings import open_findings
 from probe.sections.numbers import MISSING, counted, dtype, interval, number, scaled, shape, share
 from probe.sections.reasons import VERIFICATION, Reasons
 
-_TONES: dict[str, Tone] = {"critical": "critical", "warning": "warning", "info": "plain"}
 _SHOWN_SITES = 8
 # Heads and attention layers have sections of their own; of a feed-forward branch the tokens that it received say more.
 _ROLES = ("audio_encoder", "projector", "custom")
@@ -17,11 +18,12 @@ def section(record: StepRecord) -> Section:
     """Return the section "Zero-shot verification" of a record, with every reason that no other section shows."""
     reasons = Reasons(record, VERIFICATION)
     encoder = next((row for row in record.statistics if row.role == "audio_encoder"), None)
-    blocks: list[Block] = [_finding(finding) for finding in record.findings]
+    blocks: list[Block] = [*open_findings(record)]
     for row in record.statistics:
         if row.nonfinite:
             reasons.missing(f"site:{row.site}")  # the note says it better
             blocks.append(Note(f"{row.site or row.role}: {row.nonfinite:,} of {row.elements:,} output values are NaN or Inf", "warning"))
+    blocks += conditioning_blocks(record, reasons)
     facts = (*_encoder(record, encoder, reasons), *_conditioning(record.conditioning, reasons), *_optimisation(record, reasons))
     blocks.append(Facts(facts))
     if record.parts:
@@ -32,11 +34,6 @@ def section(record: StepRecord) -> Section:
     if shown:
         blocks.append(_statistics(shown))
     return Section(VERIFICATION, record.step, (*blocks, *reasons.rest()))
-
-
-def _finding(finding: Finding) -> Note:
-    where = f" at {finding.site}" if finding.site else ""
-    return Note(f"{finding.severity}, {finding.code}{where}, since step {finding.since_step}: {finding.message}", _TONES[finding.severity])
 
 
 def _encoder(record: StepRecord, row: SiteStatistics | None, reasons: Reasons) -> list[Fact]:

@@ -1,4 +1,4 @@
-"""The run folder on disk: ``run.json``, one line a record, and kept tensors; append-only, safe to read while training runs.
+"""The run folder on disk: ``run.json``, records and findings line by line, kept tensors; append-only, safe to read while training runs.
 
 No file stays open between writes, so that whoever holds the sink can still be copied and pickled.
 """
@@ -10,7 +10,7 @@ import math
 import numbers
 import os
 import platform
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib import metadata
 from pathlib import Path
@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from probe.errors import ProbeError, RunFolderError
-from probe.records import StepRecord
+from probe.records import Finding, StepRecord
 from probe.records_json import SCHEMA_MAJOR, SCHEMA_MINOR, to_json
 
 _PACKAGES = {"torch": "torch", "transformers": "transformers", "probe": "trainer-probe"}
@@ -63,6 +63,21 @@ class RunFolder:
         except (OSError, ProbeError) as error:
             raise RunFolderError(f"cannot write the record of step {record.step} to {self.records}: {error}") from error
 
+    def write_findings(self, events: Sequence[Finding]) -> None:
+        """Append events of findings to ``findings.jsonl``, one a line. Written before the record of their step.
+
+        Raises:
+            RunFolderError: as :meth:`write`.
+        """
+        path = self.path / "findings.jsonl"
+        try:
+            lines = [to_json(event) for event in events]
+            if lines:
+                self._prepare()
+                _append(path, "\n".join(lines))
+        except (OSError, ProbeError) as error:
+            raise RunFolderError(f"cannot write the findings of step {events[0].step} to {path}: {error}") from error
+
     def write_kept(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors to ``kept/step-<step>.safetensors``, replacing an earlier file of the step.
 
@@ -100,7 +115,7 @@ class RunFolder:
 
 
 def _append(path: Path, line: str) -> None:
-    """Append a line in one write. What a killed process left without its newline is ended first, so that only that line is lost."""
+    """Append a line, or several, in one write. What a killed process left without its newline is ended first: only that line is lost."""
     with path.open("ab+", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         cut_off = False

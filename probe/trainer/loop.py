@@ -9,6 +9,7 @@ from torch import nn
 
 from probe.capture.observer import StepEnd
 from probe.capture.schedule import is_sampled
+from probe.diagnosis import Diagnosis
 from probe.observation import Observation
 from probe.publication import Publisher, Show
 from probe.records import StepRecord
@@ -17,6 +18,7 @@ from probe.settings import Options
 from probe.sinks.run_folder import RunFolder
 from probe.sinks.terminal import TerminalSink
 
+_OWN_LOOP = "a hand-written loop ends itself; look at p.last.findings, or give on_finding="
 _LOSS = "a hand-written loop keeps its loss to itself; the losses of the heads are measured"
 
 
@@ -44,13 +46,16 @@ class LoopSession:
         folder = options.settings.run_folder if chief else None
         self._publisher = Publisher(
             self.observation,
+            diagnosis=Diagnosis(self.observation.breaker, listener=options.on_finding if chief else None),
             folder=None if folder is None else RunFolder(folder, facts=run_facts(self.observation, options)),
             terminal=terminal if chief and options.settings.terminal else None,
             sections=lambda step: shows,
             keep=keep,
             write_kept=options.settings.write_kept,
         )
-        self.observation.join((options.every,))
+        self.observation.join((options.every,), stop_on=options.stop_on)
+        if chief and options.stop_on is not None:
+            terminal.say(f"stop_on={options.stop_on!r} is not in force: {_OWN_LOOP}")
 
     @property
     def forwards_seen(self) -> bool:

@@ -103,14 +103,16 @@ class Conductor(TrainerCallback):  # type: ignore[misc,unused-ignore]
             self._stop(control)
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Pass on."""
+        """Pass on, and end training if that is wanted."""
         if self._events is not None:
             self._events.pause()
+            self._stop(control)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Pass on."""
+        """Pass on, and end training if that is wanted."""
         if self._events is not None:
             self._events.pause()
+            self._stop(control)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Pass on."""

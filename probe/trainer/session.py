@@ -12,6 +12,7 @@ from transformers.trainer_callback import TrainerState
 from probe.capture.arguments import shallow
 from probe.capture.observer import StepEnd
 from probe.capture.schedule import in_cadence, is_sampled
+from probe.diagnosis import Diagnosis
 from probe.foreign.patching import wrap_instance_method
 from probe.foreign.trainer_loss import LossSettings, read_loss_settings
 from probe.foreign.trainer_private import (
@@ -22,6 +23,7 @@ from probe.foreign.trainer_private import (
     outermost_module,
     processing_class,
     remove_callback,
+    still_scaled,
 )
 from probe.metrics import headline
 from probe.observation import Observation
@@ -33,6 +35,7 @@ from probe.sinks.run_folder import RunFolder
 from probe.sinks.terminal import TerminalSink
 from probe.sinks.trainer_log import enter, is_training_log
 from probe.trainer.record_callback import Conductor, RecordCallback
+from probe.trainer.stopping import Stopping
 
 RUN_FOLDER = "_probe"
 _EAGER = (
@@ -86,8 +89,16 @@ class TrainerSession:
             loss=self._loss,
         )
         folder = Path(options.settings.run_folder or Path(trainer.args.output_dir) / RUN_FOLDER)
+        self._diagnosis = Diagnosis(
+            self.observation.breaker,
+            setup=None,
+            stop_on=options.stop_on,
+            listener=options.on_finding if chief else None,
+        )
+        self._stopping = Stopping(options.stop_on, self.observation, lambda message: terminal.say(rank + message))
         self._publisher = Publisher(
             self.observation,
+            diagnosis=self._diagnosis,
             folder=RunFolder(folder, facts=run_facts(self.observation, options)) if chief else None,
             terminal=terminal if chief and options.settings.terminal else None,
             sections=self._sections,
@@ -101,7 +112,8 @@ class TrainerSession:
         except BaseException:
             self._unwire()
             raise
-        self.observation.join(self._cadences)
+        self.observation.join(self._cadences, stop_on=options.stop_on)
+        self._stopping.begin()
 
     def _wire(self, added: Sequence[RecordCallback]) -> None:
         conductor = Conductor(self)
@@ -133,7 +145,7 @@ class TrainerSession:
 
     def before_update(self) -> None:
         """Pass on to what is observed."""
-        self.observation.before_update()
+        self.observation.before_update(still_scaled=still_scaled(self._trainer))
 
     def after_update(self) -> None:
         """Pass on to what is observed."""
@@ -144,8 +156,8 @@ class TrainerSession:
 
     @property
     def stop_wanted(self) -> bool:
-        """Whether training is to end now."""
-        return False
+        """Whether training is to end now: the same on every rank whenever an event of the Trainer ends."""
+        return self._stopping.wanted(self._diagnosis.stop_asked)
 
     def step_ended(self, global_step: int) -> None:
         """Publish the step before; send off this one if it was sampled and has really ended (subclasses fire this event early, too)."""
@@ -154,6 +166,9 @@ class TrainerSession:
             return
         with self.observation.breaker.guard("publication"):
             self._publisher.publish()
+        with self.observation.breaker.guard("stop_on"):
+            self._stopping.agree(self._diagnosis.stop_asked, sampled=step is not None)
+        with self.observation.breaker.guard("publication"):
             measured = self.observation.finish()
             if measured is not None:
                 self._publisher.expect(measured)
