@@ -37,7 +37,8 @@ class AudioChecks:
     everywhere; ``silent``: nothing but the floor (log-mel), or below -70 dBFS (waveform); ``clipped``: waveforms with more than a
     thousandth of their samples at their extreme; ``off_scale``: values that the extractor of this model cannot give (``None`` where its
     range is unknown); ``band_limited``: sounding clips whose upper mel bins never leave the floor, as of upsampled audio. ``minimum``
-    and ``maximum`` are over all finite values. ``mel_bins`` of the features; what the encoder takes is in ``Setup.mel_bins``.
+    and ``maximum`` are over all finite values. ``duplicated``: clips that equal another clip of their micro-batch. ``mel_bins`` of the
+    features; what the encoder takes is in ``Setup.mel_bins``.
     ``placeholders``: audio placeholders in ``input_ids`` (tokens); ``frames``: rows that encoder or projector gave to fill them with,
     padding included; ``valid_frames``: those that the feature mask leaves, where there is one.
     """
@@ -56,6 +57,7 @@ class AudioChecks:
     placeholders: int | None = None
     frames: int | None = None
     valid_frames: int | None = None
+    duplicated: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
