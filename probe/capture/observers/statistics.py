@@ -1,4 +1,4 @@
-"""Watches what comes out of every site: statistics of its output, spread of the encoder's, tensors that the user keeps."""
+"""Watches what comes out of every site: statistics of its output, spread of encoder's and projector's, tensors that the user keeps."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from probe.measure.spread import spread
 from probe.measure.statistics import COLUMNS_MAXIMA, COLUMNS_SUMS, summarise
 from probe.records import Site
 
+# A projector that answers with its bias has the usual size and deviation; only over the frames of a clip it does not vary.
+_SPREADING = ("audio_encoder", "projector")
+
 
 def statistics_cell(site: str) -> str:
     """Return the name of the cell with a site's statistics."""
@@ -21,7 +24,7 @@ def statistics_cell(site: str) -> str:
 
 
 def spread_cell(site: str) -> str:
-    """Return the name of the cell with an encoder's spread over time and batch."""
+    """Return the name of the cell with an encoder's, or a projector's, spread over time and batch."""
     return f"spread:{site}"
 
 
@@ -36,12 +39,12 @@ class StatisticsWatcher(Watcher):
         self._kept = {s.name for s in self._watched.values() if any(p == s.role or fnmatchcase(s.name, p) for p in keep)}
 
     def cells(self) -> Sequence[Cell]:
-        """Return a cell a site, and one more for each audio encoder."""
+        """Return a cell a site, and one more for each audio encoder and projector."""
         cells = [
             Cell(statistics_cell(name), counts=("calls", "elements"), sums=COLUMNS_SUMS, maxima=COLUMNS_MAXIMA) for name in self._watched
         ]
-        encoders = [s.name for s in self._watched.values() if s.role == "audio_encoder"]
-        return cells + [Cell(spread_cell(name), counts=SPREAD_COUNTS, sums=SPREAD_SUMS) for name in encoders]
+        spreading = [s.name for s in self._watched.values() if s.role in _SPREADING]
+        return cells + [Cell(spread_cell(name), counts=SPREAD_COUNTS, sums=SPREAD_SUMS) for name in spreading]
 
     def sites(self) -> Sequence[str]:
         """Return every site but the root."""
@@ -55,7 +58,7 @@ class StatisticsWatcher(Watcher):
             output = output.detach()
             sums, maxima = summarise(output)
             buffer.totals.tell(f"output:{name}", (tuple(output.shape), str(output.dtype).removeprefix("torch."), str(output.device)))
-            if call.site.role == "audio_encoder" and output.dim() in (2, 3) and output.numel():
+            if call.site.role in _SPREADING and output.dim() in (2, 3) and output.numel():
                 variances, rows = spread(output)
                 buffer.totals.add(spread_cell(name), counts=rows, sums=variances)
         buffer.totals.add(statistics_cell(name), counts=(1, 0 if output is None else output.numel()), sums=sums, maxima=maxima)
