@@ -130,6 +130,7 @@ def test_silence_at_the_end_is_no_content(augmented: bool) -> None:
     generator = torch.Generator().manual_seed(3)
     lengths = [30, 99, 100, 1]
     features = torch.stack([clip_features(generator, 16, 100, valid) for valid in lengths] + [torch.full((16, 100), -1.5)])
+    features[:2] += 1.5  # loud enough for a floor above 0
     if augmented:
         features[:, 3:7] = 0.0
         features[:4, :, 90:] = 0.0
@@ -188,11 +189,22 @@ def test_codes_of_a_model_that_predicts_none_are_all_given() -> None:
     assert torch.equal(content.frames_CT, inputs["audio_input_ids_mask"])
 
 
+def test_codes_that_the_user_named() -> None:
+    """By another name all real frames are content, also of codes of another number of codebooks than the model's own."""
+    inputs, _ = spoken(0)
+    mask = inputs["audio_input_ids_mask"]
+    codes = torch.randint(0, 30, (*mask.shape, 5), generator=torch.Generator().manual_seed(0))
+    content = codes_of(inputs | {"voice_codes": codes, "voice_codes_mask": mask}, name="voice_codes")
+    assert torch.equal(content.frames_CT, mask)
+    assert torch.equal(content.clips(codes), codes.mT)
+
+
 def test_codes_that_nobody_can_tell_apart() -> None:
     """Each thing that is missing is named: the mask of frames, the ids, labels that fit, the starts of joined codes."""
     inputs, _ = spoken(1)
     without = {name: value for name, value in inputs.items() if name != "audio_input_ids_mask"}
     assert "no mask" in codes_of(without)
+    assert "no mask" in codes_of(inputs | {"audio_input_ids_mask": inputs["audio_input_ids_mask"][:, :-1]})
     assert "no token ids" in codes_of({name: value for name, value in inputs.items() if name != "input_ids"})
     assert "do not lie over" in codes_of(inputs | {"audio_labels": inputs["audio_labels"][:, :-1]})
     one = {name: value[:1] for name, value in without.items()}
