@@ -21,6 +21,8 @@ from probe.capture.observer import Observer, StepEnd
 from probe.capture.observers.activation_gradients import ActivationGradientWatcher
 from probe.capture.observers.adapters import AdapterWatcher
 from probe.capture.observers.attention import AttentionWatcher
+from probe.capture.observers.audio_checks import AudioChecker
+from probe.capture.observers.batch_checks import BatchChecker
 from probe.capture.observers.branches import BranchWatcher
 from probe.capture.observers.gradients import STILL_SCALED, GradientWatcher
 from probe.capture.observers.head_unseen import HeadEvaluator
@@ -28,6 +30,7 @@ from probe.capture.observers.heads import HeadWatcher
 from probe.capture.observers.inputs import InputWatcher
 from probe.capture.observers.loss import LossWatcher
 from probe.capture.observers.modality import ModalityWatcher
+from probe.capture.observers.modes import ModeWatcher
 from probe.capture.observers.statistics import StatisticsWatcher
 from probe.capture.observers.updates import UpdateWatcher
 from probe.capture.schedule import PassCadence
@@ -43,12 +46,14 @@ from probe.merge.ranks import agree, here
 from probe.records import Site, StepRecord
 from probe.settings import Options, Settings
 from probe.sites.adapter_weights import adapter_outputs
+from probe.sites.audio_inputs import first_encoder, log_mel_scale
 from probe.sites.choices import choices_below
 from probe.sites.discovery import Discovery, discover
 from probe.sites.facts import core_model
 from probe.sites.names import module_names
 from probe.sites.parts import count, divide
 from probe.sites.reduction import read_reduction
+from probe.sites.tokenizers import read_tokenizer
 
 MIB = 1024 * 1024
 
@@ -99,7 +104,10 @@ class Observation:
         self._model = model
         keep = {name for kept in options.keep for name in (kept, f"{prefix}.{kept}")}
         self._counterfactual = _counterfactual(model, self.discovery, around, options)
-        self._observers = [*_observers(model, self.discovery, keep, options.settings, self.breaker), self._counterfactual]
+        self._modes = ModeWatcher()
+        self._run = _context(model, self.discovery, options, processors, say)
+        found = _observers(model, self.discovery, keep, options.settings, self.breaker, self._run)
+        self._observers = [*found, self._modes, self._counterfactual]
         self._parts = [*(observer.name for observer in self._observers), "packing"]
         step_cell = Cell("step", counts=("ranks", "micro_batches", *(f"failed:{part}" for part in self._parts)))
         self._layout = make_layout([step_cell, *(cell for observer in self._observers for cell in observer.cells())])
@@ -110,7 +118,7 @@ class Observation:
         self.window = Window(self._hooks, self.breaker, around=around, compile_mode=options.compile, layers=layers)
         self.buffer = StepBuffer(budget_bytes=int(options.budget_mib * MIB), sites=tuple(sites), cells=self._layout.cells)
         reduction = read_reduction(model, self.discovery.sites.sites, self.discovery.facts)
-        self._run = replace(_context(model, self.discovery, options, processors, say), loss_settings=loss, reduction=reduction)
+        self._run = replace(self._run, loss_settings=loss, reduction=reduction)
         self._run = replace(self._run, languages=language_tokens(core_model(model), processors))
         self.ranks = here()
 
@@ -169,6 +177,12 @@ class Observation:
     def after_update(self) -> None:
         """See the moment after the optimizer's step, if a step is being observed: weights are new."""
         self._tell(lambda observer: observer.after_update(self.buffer))
+
+    def evaluating(self) -> None:
+        """See that the model has just run the first batch of an evaluation. Touches no tensor."""
+        if not self.breaker.is_off(self._modes.name):
+            with self.breaker.guard(self._modes.name):
+                self._modes.evaluating(self._model)
 
     def _tell(self, event: Callable[[Observer], None]) -> None:
         """Let every observer that is on see an event of the step that is being observed, outside any forward."""
@@ -245,7 +259,9 @@ def _hooks(found: Discovery, sites: Mapping[str, Site], observers: Sequence[Obse
     return HookSet({**found.watched, **found.modules}, {**beside, **sites}, observers, breaker)
 
 
-def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settings: Settings, breaker: Breaker) -> list[Observer]:
+def _observers(
+    model: nn.Module, found: Discovery, keep: Collection[str], settings: Settings, breaker: Breaker, run: RunContext
+) -> list[Observer]:
     """Return all observers: the one list that a new concern is added to."""
     sites = found.sites.sites
     division = divide(model, sites)
@@ -254,6 +270,8 @@ def _observers(model: nn.Module, found: Discovery, keep: Collection[str], settin
         StatisticsWatcher(sites, keep=keep),
         HeadWatcher(sites, found.facts, evaluator=HeadEvaluator(found.modules, found.feeders, found.facts), keep_text=settings.keep_text),
         ModalityWatcher(sites, found.facts, mask_takers=found.mask_takers),
+        BatchChecker(sites, found.facts, run.tokenizer),
+        AudioChecker(sites, found.facts, found.modules, run.log_mel_scale),
         AttentionWatcher(sites, breaker, rows=settings.attention_rows),
         BranchWatcher(sites),
         ActivationGradientWatcher(sites, breaker),
@@ -268,7 +286,17 @@ def _context(model: nn.Module, found: Discovery, options: Options, processors: S
     units = count(divide(model, found.sites.sites))
     reasons = {} if options.settings.keep_text else {"inputs/text": "token ids and text are left out by keep_text=False"}
     decoder = Decoder(processors, say)
-    return RunContext(found.sites, found.facts, units, 1, decoder, reasons, _frames_per_second(processors))
+    return RunContext(
+        sites=found.sites,
+        facts=found.facts,
+        units=units,
+        world=1,
+        decoder=decoder,
+        reasons=reasons,
+        frames_per_second=_frames_per_second(processors),
+        tokenizer=read_tokenizer(processors),
+        log_mel_scale=log_mel_scale(first_encoder(found.sites.sites, found.modules), processors),
+    )
 
 
 def _frames_per_second(processors: Sequence[Any]) -> float | None:

@@ -1,31 +1,32 @@
-"""Whether audio reached the model, what trains, and how far: encoder, branches, parts, loss and gradients of a record."""
+"""Whether audio reached the model, and by which loss it learns: encoder, projector, branches, loss and learning rate of a record."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
-from probe.assemble.draft import Draft, PartFacts, ratio
+from probe.assemble.draft import Draft, ratio
+from probe.assemble.gradients import why_no_activation_gradient
 from probe.assemble.inputs import audio_codes, placeholder_counts
 from probe.capture.observers.branches import branch_cell
-from probe.capture.observers.gradients import OUTPUT_CELL, part_cell
 from probe.capture.observers.loss import CELL as LOSS
-from probe.records import Branches, Conditioning, Optimisation, Part, SiteStatistics
+from probe.records import ActivationGradient, Branches, Conditioning, Optimisation, SiteStatistics
 from probe.sites.batch import AUDIO_CODES
 
 
-def conditioning(draft: Draft, found: Sequence[SiteStatistics]) -> Conditioning:
+def conditioning(draft: Draft, found: Sequence[SiteStatistics], gradients: Sequence[ActivationGradient]) -> Conditioning:
     """Return the conditioning row, and enter the ``probe/audio_encoder/…`` and ``probe/projector/…`` metrics."""
     encoders = [row for row in found if row.role == "audio_encoder"]
     projectors = [row for row in found if row.role == "projector"]
     micro_batches = int(draft.count("step", "micro_batches"))
-    gradient = _output_gradient(draft)
+    gradient = None
     if encoders:
-        _encoder_metrics(draft, encoders[0], gradient)
+        _encoder_metrics(draft, encoders[0])
+        gradient = _gradient_metric(draft, "probe/audio_encoder/gradient_norm", encoders[0], gradients)
     else:
         draft.reasons.setdefault("audio_encoder", draft.run.sites.missing.get("audio_encoder", "no audio encoder was found"))
     if projectors:
         draft.measure("probe/projector/rms", projectors[0].rms, _why(draft, projectors[0]))
+        _gradient_metric(draft, "probe/projector/gradient_norm", projectors[0], gradients)
     calls = encoders[0].calls if encoders else 0
     codes, tokens = audio_codes(draft), tuple(placeholder_counts(draft))
     if codes is None:
@@ -37,7 +38,7 @@ def conditioning(draft: Draft, found: Sequence[SiteStatistics]) -> Conditioning:
         encoder=encoders[0].site if encoders else "",
         encoder_calls=calls,
         micro_batches_without_encoder=max(0, micro_batches - calls) if encoders and "statistics" not in draft.blind else 0,
-        output_gradient_norm=gradient if encoders else None,
+        output_gradient_norm=gradient,
         audio_codes=codes,
         tokens=tokens,
     )
@@ -61,7 +62,7 @@ def _why(draft: Draft, row: SiteStatistics) -> str:
     return f"{row.nonfinite} NaN or Inf values in the output of {row.site}" if row.nonfinite else f"the output of {row.site} is empty"
 
 
-def _encoder_metrics(draft: Draft, row: SiteStatistics, gradient: float | None) -> None:
+def _encoder_metrics(draft: Draft, row: SiteStatistics) -> None:
     why = _why(draft, row)
     many = why if not row.calls or row.nonfinite else f"its output has the shape {row.shape}: "
     unseen = not row.calls and "statistics" in draft.blind
@@ -70,21 +71,13 @@ def _encoder_metrics(draft: Draft, row: SiteStatistics, gradient: float | None) 
     draft.measure("probe/audio_encoder/rms", row.rms, why)
     draft.measure("probe/audio_encoder/time_std", row.time_std, many if many is why else many + "no time dimension of at least two frames")
     draft.measure("probe/audio_encoder/batch_std", row.batch_std, many if many is why else many + "no batch of at least two clips")
-    no_gradient = (
-        why
-        if not row.calls
-        else draft.host.reasons.get("encoder_output_gradient", draft.blind.get("gradients", "no backward reached the encoder's output"))
-    )
-    draft.measure("probe/audio_encoder/gradient_norm", gradient, no_gradient)
 
 
-def _output_gradient(draft: Draft) -> float | None:
-    values = draft.host.cells[OUTPUT_CELL.name]
-    if not values.counts["calls"]:
-        return None
-    scale = draft.host.local.get("loss_scale")
-    norm = math.sqrt(values.sums["sum_of_squares"]) if values.sums["sum_of_squares"] >= 0 else math.nan
-    return norm if scale is None else norm / float(scale)
+def _gradient_metric(draft: Draft, name: str, row: SiteStatistics, gradients: Sequence[ActivationGradient]) -> float | None:
+    """Enter the norm of the gradient that reached a site's output, or why there is none."""
+    gradient = next((each for each in gradients if each.site == row.site), None)
+    why = why_no_activation_gradient(draft, row.site, gradient) if row.calls else _why(draft, row)
+    return draft.measure(name, None if gradient is None else gradient.norm, why)
 
 
 def branches(draft: Draft) -> tuple[Branches, ...]:
@@ -100,36 +93,6 @@ def branches(draft: Draft) -> tuple[Branches, ...]:
     draft.measure("probe/feed_forward/text_token_share", ratio(text, text + audio), why)
     draft.measure("probe/feed_forward/audio_token_share", ratio(audio, text + audio), why)
     return rows
-
-
-def parts(draft: Draft) -> tuple[Part, ...]:
-    """Return what trains in each part and which gradient reached it, and enter the norms."""
-    return tuple(_parts(draft))
-
-
-def _parts(draft: Draft) -> Iterator[Part]:
-    squares: list[float] = []
-    unread: list[str] = []
-    for part in draft.run.parts:
-        row = _part(draft, part)
-        if row.gradient_norm is not None:
-            squares.append(row.gradient_norm**2)
-        elif part.trainable:
-            unread.append(part.name)
-        yield row
-    why = f"the gradient of {', '.join(unread)} could not be read" if unread else "no parameter trains"
-    draft.measure("probe/grad/norm", math.sqrt(sum(squares)) if squares and not unread else None, why)
-
-
-def _part(draft: Draft, part: PartFacts) -> Part:
-    maxima = draft.host.cells[part_cell(part.name)].maxima
-    squares, missing = maxima["sum_of_squares"], maxima["without_gradient"]
-    read = squares != -math.inf
-    norm = math.sqrt(squares) if read and squares >= 0 else math.nan if read else None
-    incomplete = draft.blind.get("gradients", "training_step did not end with a complete backward")
-    why = draft.host.reasons.get(f"probe/grad/{part.name}/norm", incomplete)
-    value = draft.measure(f"probe/grad/{part.name}/norm", norm, why)
-    return Part(part.name, part.elements, ratio(part.trainable, part.elements) or 0.0, int(missing) if read else None, value)
 
 
 def optimisation(draft: Draft) -> Optimisation:

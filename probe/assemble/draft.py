@@ -8,41 +8,41 @@ from dataclasses import dataclass, field
 
 from probe.assemble.text import Decoder
 from probe.foreign.trainer_loss import LossSettings
+from probe.measure.audio_checks import LogMelScale
 from probe.merge.packing import HostStep
 from probe.sites.discovery import SiteMap
 from probe.sites.facts import ModelFacts
+from probe.sites.parts import UnitFacts
 from probe.sites.reduction import Reduction
-
-
-@dataclass(frozen=True, slots=True)
-class PartFacts:
-    """Size of one part of the model, in elements."""
-
-    name: str
-    elements: int
-    trainable: int
+from probe.sites.tokenizers import TokenizerFacts
 
 
 @dataclass(frozen=True, slots=True)
 class RunContext:
-    """What does not change from step to step: the sites, the model's facts, its parts, the ranks, how ids become text.
+    """What does not change from step to step: the sites, the model's facts, its units of parameters, the ranks, how ids become text.
 
     Attributes:
         reasons: What was not measured in the whole run, and why.
         frames_per_second: Rate of the audio features' frames, where a feature extractor tells it.
         loss_settings: What the Trainer does with the loss; ``None`` without a Trainer.
         reduction: How the model's class puts its loss together.
+        tokenizer: How many ids the tokenizer has, and which were added to it; ``None`` without one.
+        log_mel_scale: What the model's feature extractor can give, where that is known.
+        languages: The language that each language token names, by id.
     """
 
     sites: SiteMap
     facts: ModelFacts
-    parts: tuple[PartFacts, ...]
+    units: tuple[UnitFacts, ...]
     world: int
     decoder: Decoder
     reasons: Mapping[str, str] = field(default_factory=dict)
     frames_per_second: float | None = None
     loss_settings: LossSettings | None = None
     reduction: Reduction | None = None
+    languages: Mapping[int, str] = field(default_factory=dict)
+    tokenizer: TokenizerFacts | None = None
+    log_mel_scale: LogMelScale | None = None
 
 
 @dataclass(slots=True)

@@ -6,15 +6,19 @@ import time
 from collections.abc import Mapping
 
 from probe.assemble.attention import attention
-from probe.assemble.conditioning import branches, conditioning, optimisation, parts
+from probe.assemble.checks import checks
+from probe.assemble.conditioning import branches, conditioning, optimisation
+from probe.assemble.counterfactual import counterfactual
 from probe.assemble.draft import Draft, RunContext
+from probe.assemble.gradients import activation_gradients, layers, parts
 from probe.assemble.inputs import inputs
 from probe.assemble.loss_audit import loss_audit
+from probe.assemble.modes import modes
 from probe.assemble.outputs import heads, statistics
 from probe.merge.packing import HostStep
 from probe.records import StepRecord
 
-_BY_HOOKS = ("inputs", "statistics", "heads", "attention", "branches")
+_BY_HOOKS = ("inputs", "statistics", "heads", "attention", "branches", "activation_gradients", "checks", "audio_checks", "modes")
 _ROLES_WORTH_NAMING = ("audio_encoder", "projector", "attention", "lm_head")
 
 
@@ -34,7 +38,7 @@ def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[st
     draft.reasons.update(run.reasons)
     draft.reasons.update({role: run.sites.missing[role] for role in _ROLES_WORTH_NAMING if role in run.sites.missing})
     draft.reasons.update(blind)
-    tables = statistics(draft)
+    tables, gradients = statistics(draft), activation_gradients(draft)
     record = StepRecord(
         step=step,
         time=time.time(),
@@ -47,9 +51,14 @@ def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[st
         attention=attention(draft),
         branches=branches(draft),
         parts=parts(draft),
-        conditioning=conditioning(draft, tables),
+        layers=layers(draft),
+        activation_gradients=gradients,
+        conditioning=conditioning(draft, tables, gradients),
         optimisation=optimisation(draft),
         loss_audit=loss_audit(draft, logged=logged),
+        checks=checks(draft),
+        modes=modes(draft),
+        counterfactual=counterfactual(draft),
     )
     for what, why in host.reasons.items():
         if what not in draft.metrics:  # said beforehand, of what might not come out

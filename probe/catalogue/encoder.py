@@ -36,7 +36,7 @@ def encoder_metrics() -> tuple[Metric, ...]:
             "√ Σ (∂loss/∂x)²",
             True,
         ),
-        Metric(f"{area}/nonfinite", "values", "whole number ≥ 0", "NaN and Inf values in the encoder's output.", "torch.isfinite", True),
+        Metric(f"{area}/nonfinite", "values", "whole number ≥ 0", "NaN and Inf values in the encoder's output.", "torch.isfinite"),
         Metric(
             f"{area}/calls",
             "calls",
@@ -50,5 +50,12 @@ def encoder_metrics() -> tuple[Metric, ...]:
             POSITIVE,
             "Root mean square of the output of the projector between audio encoder and decoder.",
             "√ mean(x²)",
+        ),
+        Metric(
+            "probe/projector/gradient_norm",
+            "loss per unit of the activation",
+            POSITIVE,
+            "L2 norm of the gradient of the loss that reached the projector's output. 0: the decoder did not use it.",
+            "√ Σ (∂loss/∂x)²",
         ),
     )

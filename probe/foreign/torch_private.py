@@ -23,6 +23,25 @@ def foreach_norm(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(norms)
 
 
+def foreach_largest(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the largest absolute value of each tensor of one device and dtype as 0-dim tensors, in one fused call.
+
+    The L-infinity norm: unlike squares it does not underflow, so 0 means that every element is. No sync. Checked on torch 2.13.0.
+    """
+    norms: tuple[Tensor, ...] = torch._foreach_norm(list(tensors), torch.inf)
+    return list(norms)
+
+
+def gradients_unscaled(scaler: Any) -> bool:
+    """Say whether a ``GradScaler`` has divided its factor out of the gradients since its last update (as clipping asks it to).
+
+    ``_per_optimizer_states`` holds a stage for each optimizer, 1 once ``unscale_`` was called; public torch does not tell. No sync.
+    Checked on torch 2.13.0.
+    """
+    states = getattr(scaler, "_per_optimizer_states", None) or {}
+    return any(getattr(state.get("stage"), "value", 0) >= 1 for state in states.values())
+
+
 def in_backward() -> bool:
     """Say whether autograd is running backward in this thread: true in gradient hooks and in the recompute of a checkpoint.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.trainer_callback import CallbackHandler, TrainerCallback
 
 from probe.foreign.patching import wrap_class_method
-from probe.foreign.torch_private import loss_scale
+from probe.foreign.torch_private import gradients_unscaled, loss_scale
 
 
 def before_every_train_begin(see: Callable[[CallbackHandler], None]) -> Callable[[], None]:
@@ -77,6 +77,12 @@ def gradients_complete(trainer: Any) -> bool:
 def gradient_scale(trainer: Any) -> Tensor | None:
     """Return the factor that fp16 training has multiplied gradients with (0-dim, on the device), or ``None``."""
     return loss_scale(getattr(trainer.accelerator, "scaler", None))
+
+
+def still_scaled(trainer: Any) -> bool:
+    """Tell whether gradients still carry the factor of fp16 training: clipping divides it out, and else only the optimizer's step does."""
+    scaler = getattr(trainer.accelerator, "scaler", None)
+    return loss_scale(scaler) is not None and not gradients_unscaled(scaler)
 
 
 def processing_class(trainer: Any) -> Any | None:

@@ -1,4 +1,4 @@
-"""The squared L2 norm of many tensors together, such as the gradients of one part of the model."""
+"""L2 norms of many tensors, such as the gradients of each part of the model: squares added up by group."""
 
 from __future__ import annotations
 
@@ -10,43 +10,97 @@ from torch import Tensor
 from probe.errors import ProbeValueError
 from probe.foreign.torch_private import foreach_norm
 from probe.measure.chunks import accumulator, pieces
+from probe.measure.from_host import from_host
 
 # The CPU's norm adds up in float32 without pairing: 2e-5 off over 2**20 elements, below 2e-7 over this many.
 _PIECE = 1 << 15
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the squares of all elements of all tensors.
+def squares_by_group(tensors: Sequence[Tensor], groups: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
+    """Return for each group the sum of the squares of all elements of its tensors.
 
-    The norms are taken in one fused call for each device and dtype, in float32 or wider, and squared and added in float64. On a CPU,
-    where the fused call is a loop that widens whole tensors, they are cut into short pieces. As in ``clip_grad_norm_``, float32 values
-    beyond about 1e19 give infinity. No sync.
+    The norms are taken in one fused call for each device and dtype, in float32 or wider, and squared and added in float64; the number
+    of tensor operations does not depend on the number of groups. On a CPU, where the fused call is a loop that widens whole tensors,
+    they are cut into short pieces. As in ``clip_grad_norm_``, float32 values beyond about 1e19 count as infinite. No sync.
 
     Args:
         tensors: Float or complex, dense, of any shapes, dtypes and devices; at least one.
+        groups: The group of each tensor, 0 … ``count - 1``.
+        count: Number of groups (G).
 
     Returns:
-        0-dim float64 (float32 on MPS), on the first device that is not the CPU, or else there.
+        Two float64 (G,) tensors (float32 on MPS) on the first device that is not the CPU, or else there: the sums of squares without
+        the tensors that are not finite, and how many of these there are (on a CPU their pieces are counted). 0 for a group without any.
 
     Raises:
         ProbeValueError: if there is no tensor, or one is sparse.
     """
     if not tensors:
-        raise ProbeValueError("sum_of_squares of no tensors: expected at least one")
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        if tensor.layout is not torch.strided:
-            raise ProbeValueError(f"sum_of_squares of a tensor with layout {tensor.layout}: expected dense tensors")
-        tensor = torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
-        groups.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        raise ProbeValueError("squares of no tensors: expected at least one")
+    kinds: dict[tuple[torch.device, torch.dtype], list[tuple[int, Tensor]]] = {}
+    for tensor, group in zip(tensors, groups):
+        real = real_view(tensor)
+        kinds.setdefault((real.device, real.dtype), []).append((group, real))
     # The CPU's part may travel to another device without waiting; the other way round it may not.
-    home = next((device for device, _ in groups if device.type != "cpu"), tensors[0].device)
-    total = torch.zeros((), dtype=accumulator(home), device=home)
-    for (device, _), group in groups.items():
-        norms = foreach_norm(_short(group) if device.type == "cpu" else group)
-        total += torch.stack(norms).to(accumulator(device)).square().sum().to(home, non_blocking=True)
-    return total
+    home = next((device for device, _ in kinds if device.type != "cpu"), tensors[0].device)
+    total = torch.zeros((2, count), dtype=accumulator(home), device=home)
+    for (device, _), members in kinds.items():
+        total += add_norms(*_norms(members, device), count).to(home, total.dtype, non_blocking=True)
+    return total[0], total[1]
 
 
-def _short(tensors: list[Tensor]) -> list[Tensor]:
-    return [piece for tensor in tensors for piece in (pieces(tensor, _PIECE) if tensor.numel() > _PIECE else (tensor,))]
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the sum of the squares of all elements of all tensors, infinite if one is not; see :func:`squares_by_group`.
+
+    Returns:
+        0-dim float64 (float32 on MPS), on the first device that is not the CPU, or else there.
+    """
+    squares, nonfinite = squares_by_group(tensors, [0] * len(tensors), 1)
+    return squares[0].masked_fill(nonfinite[0] > 0, torch.inf)
+
+
+def norm_of(tensor: Tensor) -> Tensor:
+    """Return the L2 norm of one tensor: 0-dim, float32 or wider, on its device. Off the CPU one tensor operation. No sync."""
+    real = real_view(tensor)
+    if real.device.type != "cpu" or real.numel() == 0:
+        return foreach_norm([real])[0]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(pieces(real, _PIECE)))).double())
+    return norm
+
+
+def add_norms(norms: Sequence[Tensor], groups: Sequence[int], count: int) -> Tensor:
+    """Square norms and add them up by group, in float64.
+
+    Args:
+        norms: 0-dim tensors of one device; at least one.
+        groups: The group of each.
+        count: Number of groups (G).
+
+    Returns:
+        Float64 (2, G) (float32 on MPS): sums of the squares of the finite norms, and how many are not finite. No sync.
+    """
+    device = norms[0].device
+    values_N = torch.stack([norm.to(accumulator(device)) for norm in norms] if len({n.dtype for n in norms}) > 1 else list(norms))
+    values_N = values_N.to(accumulator(device))
+    finite_N = torch.isfinite(values_N)
+    rows = torch.stack([values_N.square().masked_fill(~finite_N, 0.0), (~finite_N).to(values_N.dtype)])
+    total = torch.zeros((2, count), dtype=values_N.dtype, device=device)
+    return total.index_add_(1, from_host(groups, torch.int64, device), rows)
+
+
+def real_view(tensor: Tensor) -> Tensor:
+    """Return a dense tensor detached, complex numbers as pairs of reals.
+
+    Raises:
+        ProbeValueError: if it is sparse.
+    """
+    if tensor.layout is not torch.strided:
+        raise ProbeValueError(f"the norm of a tensor with layout {tensor.layout}: expected a dense tensor")
+    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+
+
+def _norms(members: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[list[Tensor], list[int]]:
+    """Return the norms of tensors of one device and dtype, or of their pieces, and the group of each."""
+    if device.type == "cpu":
+        members = [(group, piece) for group, x in members for piece in (pieces(x, _PIECE) if x.numel() > _PIECE else (x,))]
+    return foreach_norm([tensor for _, tensor in members]), [group for group, _ in members]

@@ -28,13 +28,14 @@ from probe.foreign.trainer_private import (
 from probe.metrics import headline
 from probe.observation import Observation
 from probe.publication import Publisher, Show
-from probe.records import StepRecord
+from probe.records import Setup, StepRecord
 from probe.runfacts import run_facts
 from probe.settings import Options
 from probe.sinks.run_folder import RunFolder
 from probe.sinks.terminal import TerminalSink
 from probe.sinks.trainer_log import enter, is_training_log
 from probe.trainer.record_callback import Conductor, RecordCallback
+from probe.trainer.setup import read_setup
 from probe.trainer.stopping import Stopping
 
 RUN_FOLDER = "_probe"
@@ -72,6 +73,7 @@ class TrainerSession:
         self._first: int | None = None
         self._undo: list[Callable[[], None]] = []
         self.forwards_seen = False
+        self._predicting = False
         mine = [cb for cb in self._handler.callbacks if isinstance(cb, RecordCallback)]
         added = [cb for cb in missing if not any(isinstance(known, type(cb)) for known in mine)]
         self._cadences = {options.every, *(cb.log_every_n_steps for cb in mine)}
@@ -79,19 +81,23 @@ class TrainerSession:
         chief = bool(trainer.is_world_process_zero())
         rank = "" if chief else f"[rank {trainer.args.process_index}] "
         self._loss: LossSettings = read_loss_settings(trainer)
+        processors = [options.tokenizer, *tokenizers, processing_class(trainer)]
         self.observation = Observation(
             trainer.model,
             options,
             attached=attached,
             around=outermost_module(trainer),
-            processors=[options.tokenizer, *tokenizers, processing_class(trainer)],
+            processors=processors,
             say=lambda message: terminal.say(rank + message),
             loss=self._loss,
         )
         folder = Path(options.settings.run_folder or Path(trainer.args.output_dir) / RUN_FOLDER)
+        setup: Setup | None = None
+        with self.observation.breaker.guard("setup"):
+            setup = read_setup(trainer, trainer.model, self.observation.discovery, processors)
         self._diagnosis = Diagnosis(
             self.observation.breaker,
-            setup=None,
+            setup=setup,
             stop_on=options.stop_on,
             listener=options.on_finding if chief else None,
         )
@@ -99,7 +105,7 @@ class TrainerSession:
         self._publisher = Publisher(
             self.observation,
             diagnosis=self._diagnosis,
-            folder=RunFolder(folder, facts=run_facts(self.observation, options)) if chief else None,
+            folder=RunFolder(folder, facts=run_facts(self.observation, options, setup)) if chief else None,
             terminal=terminal if chief and options.settings.terminal else None,
             sections=self._sections,
             keep=keep,
@@ -141,6 +147,7 @@ class TrainerSession:
 
     def step_begins(self) -> None:
         """Let go of the last step's inputs and captures."""
+        self._predicting = False
         self.observation.buffer.clear()
 
     def before_update(self) -> None:
@@ -152,7 +159,10 @@ class TrainerSession:
         self.observation.after_update()
 
     def predicting(self) -> None:
-        """Pass on to what is observed."""
+        """Pass on the first batch of each evaluation; training goes on in between."""
+        if not self._predicting:
+            self._predicting = True
+            self.observation.evaluating()
 
     @property
     def stop_wanted(self) -> bool:

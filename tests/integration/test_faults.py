@@ -18,6 +18,7 @@ from models import CASES
 from models.running import assert_identical, run
 from probe.attachment import REGISTRY
 from probe.callbacks import InputLoggerCallback
+from probe.capture.observers.activation_gradients import ActivationGradientWatcher
 from probe.capture.observers.attention import AttentionWatcher
 from probe.capture.observers.branches import BranchWatcher
 from probe.capture.observers.gradients import GradientWatcher
@@ -25,6 +26,7 @@ from probe.capture.observers.heads import HeadWatcher
 from probe.capture.observers.inputs import InputWatcher
 from probe.capture.observers.loss import LossWatcher
 from probe.capture.observers.statistics import StatisticsWatcher
+from probe.capture.observers.updates import UpdateWatcher
 from probe.observation import Observation
 from probe.records import StepRecord
 from probe.sinks.run_folder import RunFolder
@@ -61,8 +63,13 @@ def failing(error: type[Exception]) -> Callable[..., None]:
         (AttentionWatcher, "leave"),
         (AttentionWatcher, "_see"),
         (BranchWatcher, "enter"),
-        (GradientWatcher, "leave"),
+        (ActivationGradientWatcher, "leave"),
+        (ActivationGradientWatcher, "step_end"),
         (GradientWatcher, "step_end"),
+        (GradientWatcher, "before_update"),
+        (UpdateWatcher, "step_end"),
+        (UpdateWatcher, "before_update"),
+        (UpdateWatcher, "after_update"),
         (LossWatcher, "training_step"),
     ],
     ids=lambda value: value if isinstance(value, str) else value.name,
@@ -138,12 +145,12 @@ def test_ids_are_not_counted_where_there_are_none() -> None:
 
 
 def test_an_error_in_a_gradient_hook_stays_out_of_the_backward(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The hook on the encoder's output runs inside the user's backward: its error must not reach it."""
+    """The hooks on outputs run inside the user's backward: an error in them must not reach it."""
     plain = run(WHISPER, max_steps=2)
-    monkeypatch.setattr("probe.capture.observers.gradients.sum_of_squares", failing(RuntimeError))
+    monkeypatch.setattr("probe.capture.observers.activation_gradients.norm_of", failing(RuntimeError))
     observed = run(WHISPER, attach=lambda model: probe.attach(model, every=1), max_steps=2)
     assert_identical(plain, observed)
-    assert capsys.readouterr().out.count("gradients switched off after RuntimeError") == 1
+    assert capsys.readouterr().out.count("activation_gradients switched off after RuntimeError") == 1
 
 
 @pytest.mark.parametrize(

@@ -585,13 +585,19 @@ def sounding_frames(batch: Any, clip: int) -> list[int]:
 
 
 def part_of(case: Case, name: str) -> str:
-    """Say which part a parameter belongs to, as the record's parts are defined: projector, encoder, heads, the rest."""
+    """Say which part a parameter belongs to, as the record's parts are defined, from its name alone."""
     if case.projector and name.startswith(f"{case.projector}."):
         return "projector"
     if case.encoder and name.startswith(f"{case.encoder}."):
         return "audio_encoder"
+    for branch, key in (("text_branch", "mlp"), ("audio_branch", "audio_mlp")):
+        if name.startswith(tuple(f"{layer}.{key}." for layer in case.dual_layers)):
+            return branch
     tied = case.name == "whisper" and name == "model.decoder.embed_tokens.weight"  # Whisper's head is its embedding
-    return "lm_head" if tied or name.startswith(tuple(f"{head}." for head in case.heads)) else "rest"
+    if tied or name.startswith(tuple(f"{head}." for head in case.heads)):
+        return "lm_head"
+    tables = ("embed_tokens.weight", "audio_codebook_embeddings.weight", "embed_audio_tokens.weight")
+    return "embedding" if name.endswith(tables) else "rest"
 
 
 def quiet(model: nn.Module) -> nn.Module:

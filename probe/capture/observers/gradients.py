@@ -1,126 +1,148 @@
-"""Watches gradients: their norm part by part before clipping, and the gradient that reaches the audio encoder's output."""
+"""Watches the gradients of the parameters: their norm by part and layer, before clipping and as the optimizer gets them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from probe.capture.breaker import Breaker
 from probe.capture.buffer import StepBuffer
 from probe.capture.cells import Cell
-from probe.capture.observer import Call, StepEnd, Watcher, main_tensor
+from probe.capture.observer import StepEnd, Watcher
+from probe.capture.totals import Totals
 from probe.foreign.sharding import is_sharded
-from probe.measure.norms import sum_of_squares
-from probe.records import Site
+from probe.measure.from_host import from_host
+from probe.measure.norms import squares_by_group
+from probe.sites.parts import Division, UnitFacts, count
 
-OUTPUT_CELL = Cell("output_gradient", counts=("calls",), sums=("sum_of_squares",))
-REST = "rest"
+COLUMNS = ("squares", "nonfinite", "missing")
+"""Sum of the squares of the finite gradients, tensors (on a CPU pieces of them) that are not finite, tensors without a ``.grad``."""
 
+CLIPPED_COLUMNS = ("squares", "nonfinite")
 
-def part_cell(part: str) -> str:
-    """Return the name of the cell of one part."""
-    return f"gradient:{part}"
-
-
-@dataclass(frozen=True, slots=True)
-class PartParameters:
-    """The parameters of one part of the model; each parameter belongs to the first part that claims it."""
-
-    name: str
-    parameters: tuple[nn.Parameter, ...]
-
-    @property
-    def elements(self) -> int:
-        """Number of elements, trainable or not."""
-        return sum(p.numel() for p in self.parameters)
-
-    @property
-    def trainable(self) -> int:
-        """Number of elements that train."""
-        return sum(p.numel() for p in self.parameters if p.requires_grad)
+LOSS_SCALE = "loss_scale"
+BACKWARD_SEEN = "backward_seen"
+STILL_SCALED = "still_scaled"
+UNITS = "units"
 
 
-def parts_of(model: nn.Module, sites: Sequence[Site], modules: Mapping[str, nn.Module]) -> tuple[PartParameters, ...]:
-    """Split a model's parameters into projector, audio encoder, heads and the rest, in this order of claim."""
-    claims = [("projector", "projector"), ("audio_encoder", "audio_encoder"), ("lm_head", "lm_head")]
-    taken: set[int] = set()
-    parts = []
-    for name, role in claims:
-        mine: list[nn.Parameter] = []
-        for site in sites:
-            if site.role == role:
-                mine += [p for p in modules[site.name].parameters() if id(p) not in taken]
-                taken.update(map(id, mine))
-        unique = tuple({id(p): p for p in mine}.values())
-        if unique:
-            parts.append(PartParameters(name, unique))
-    rest = tuple(p for p in model.parameters() if id(p) not in taken)
-    return (*parts, PartParameters(REST, rest)) if rest else tuple(parts)
+def gradient_cell(part: str, layer: str) -> str:
+    """Return the name of the cell of one unit before clipping."""
+    return f"gradient:{part}/{layer}"
+
+
+def clipped_cell(part: str, layer: str) -> str:
+    """Return the name of the cell of one unit as the optimizer gets it."""
+    return f"clipped:{part}/{layer}"
+
+
+def note_scale(end: StepEnd, totals: Totals) -> None:
+    """Keep the factor that gradients carry in fp16 training: one number, without which they could not be read (not asked of the budget)."""
+    if end.loss_scale is not None:
+        totals.put(LOSS_SCALE, end.loss_scale.double())
 
 
 class GradientWatcher(Watcher):
-    """Reads ``.grad`` after the last backward of a step, before clipping; and hooks the encoder's output tensor for its gradient.
+    """Reads ``.grad`` after the last backward of a step, before clipping, and again before the optimizer's step.
 
-    After the backward every rank of DDP holds the same gradients, so parts combine over ranks by maximum, not by sum. Two tensor
-    operations a part and device; no wait for the device.
+    After the backward every rank of DDP holds the same gradients, so cells combine over ranks by maximum, not by sum. The number of
+    tensor operations depends on the devices and dtypes of the gradients, not on their number; no wait for the device. Values still carry
+    the factor of fp16 training (``loss_scale``, and the fact ``still_scaled`` for the clipped ones); the host divides.
     """
 
     name = "gradients"
 
-    def __init__(self, parts: Sequence[PartParameters], sites: Sequence[Site], breaker: Breaker) -> None:
-        """Watch these parts, and the audio encoders among the sites; the breaker guards what runs inside the backward."""
-        self._parts = parts
-        self._breaker = breaker
-        self._encoders = tuple(site.name for site in sites if site.role == "audio_encoder")
+    def __init__(self, division: Division) -> None:
+        """Watch the parameters of this division."""
+        self._division = division
 
     def cells(self) -> Sequence[Cell]:
-        """Return a cell a part, and one for the encoder's output."""
-        return [OUTPUT_CELL, *(Cell(part_cell(part.name), maxima=("sum_of_squares", "without_gradient")) for part in self._parts)]
-
-    def sites(self) -> Sequence[str]:
-        """Return the audio encoders."""
-        return self._encoders
-
-    def leave(self, call: Call, buffer: StepBuffer) -> None:
-        """Ask for the gradient of the encoder's output: autograd runs the tensor hook in the backward, and adds no node for it."""
-        output = main_tensor(call.output)
-        if output is None or not output.requires_grad:
-            buffer.totals.omit("encoder_output_gradient", "the encoder's output needs no gradient: nothing before it trains")
-            return
-        totals = buffer.totals
-
-        def see(gradient: Tensor) -> None:
-            with self._breaker.guard(self.name, "the encoder's output"), torch.no_grad():
-                totals.add(OUTPUT_CELL.name, counts=(1,), sums=sum_of_squares([gradient.detach()]).reshape(1))
-
-        output.register_hook(see)  # type: ignore[no-untyped-call]
+        """Return two cells a unit."""
+        units = self._division.units
+        before = [Cell(gradient_cell(unit.part, unit.layer), maxima=COLUMNS) for unit in units]
+        return [*before, *(Cell(clipped_cell(unit.part, unit.layer), maxima=CLIPPED_COLUMNS) for unit in units)]
 
     def step_end(self, end: StepEnd, buffer: StepBuffer) -> None:
-        """Sum the squares of each part's gradients."""
-        scale = None if end.loss_scale is None else end.loss_scale.double()
-        if scale is not None:
-            buffer.totals.put("loss_scale", scale)  # one number, without which gradients could not be read: not asked of the budget
-        for part in self._parts:
-            self._add_part(part, scale, buffer)
+        """Sum the squares of the gradients before clipping, and name the parts that have none."""
+        totals = buffer.totals
+        note_scale(end, totals)
+        facts = count(self._division)
+        totals.tell(UNITS, facts)
+        found = _read(self._division)
+        if not found.gradients and totals.facts.get(BACKWARD_SEEN):
+            for part in _parts(facts):
+                totals.omit(_norm(part), "a backward ran, and .grad is empty after it: the optimizer's engine (DeepSpeed, …) has taken it")
+            return
+        self._name_missing(facts, found, totals)
+        device = found.gradients[0].device if found.gradients else next((p.device for p in found.training), torch.device("cpu"))
+        matrix = torch.zeros((len(facts), 2), dtype=torch.float64, device=device)
+        if found.gradients:
+            matrix = torch.stack(squares_by_group(found.gradients, found.units, len(facts)), dim=1)
+        missing = from_host(found.missing, matrix.dtype, matrix.device)
+        self._add(gradient_cell, torch.cat([matrix, missing[:, None]], dim=1), facts, found, totals)
 
-    def _add_part(self, part: PartParameters, scale: Tensor | None, buffer: StepBuffer) -> None:
-        what = f"probe/grad/{part.name}/norm"
-        training = [p for p in part.parameters if p.requires_grad]
-        gradients = [p.grad for p in training if p.grad is not None]
-        if not training:
-            buffer.totals.omit(what, f"frozen: none of the {len(part.parameters)} parameters of this part requires a gradient")
-            return
-        if any(is_sharded(p) for p in training):
-            buffer.totals.omit(what, "sharded parameters: this rank holds only a part of each gradient")
-            return
-        if not gradients:
-            buffer.totals.omit(what, f"none of the {len(training)} parameters that train has a .grad after the backward")
-            return
-        squares = sum_of_squares(gradients)
-        if scale is not None:
-            squares = squares / (scale.to(squares.device, non_blocking=True) ** 2)
-        missing = torch.full_like(squares, len(training) - len(gradients))
-        buffer.totals.add(part_cell(part.name), maxima=torch.stack([squares, missing]))
+    def before_update(self, buffer: StepBuffer) -> None:
+        """Sum the squares of the gradients as the optimizer gets them."""
+        found = _read(self._division)
+        facts = buffer.totals.facts.get(UNITS)
+        if found.gradients and facts is not None:
+            matrix = torch.stack(squares_by_group(found.gradients, found.units, len(facts)), dim=1)
+            self._add(clipped_cell, matrix, facts, found, buffer.totals)
+
+    def _add(self, cell: Callable[[str, str], str], matrix: Tensor, facts: Sequence[UnitFacts], found: _Gradients, totals: Totals) -> None:
+        for index, (unit, row) in enumerate(zip(facts, matrix.unbind(0))):
+            if unit.tensors and index not in found.unreadable:
+                totals.add(cell(unit.part, unit.layer), maxima=row)
+
+    def _name_missing(self, facts: Sequence[UnitFacts], found: _Gradients, totals: Totals) -> None:
+        for part in _parts(facts):
+            mine = [index for index, unit in enumerate(facts) if unit.part == part]
+            training = sum(facts[index].tensors for index in mine)
+            if not training:
+                tensors = sum(weight.unit in mine for weight in self._division.weights)
+                totals.omit(_norm(part), f"frozen: none of the {tensors} parameters of this part requires a gradient")
+            elif why := next((found.unreadable[index] for index in mine if index in found.unreadable), ""):
+                totals.omit(_norm(part), why)
+            elif sum(found.missing[index] for index in mine) == training:
+                totals.omit(_norm(part), f"none of the {training} parameters that train has a .grad after the backward")
+
+
+@dataclass(frozen=True, slots=True)
+class _Gradients:
+    """What training parameters hold in ``.grad``: dense tensors and their units; by unit, how many have none, and why it cannot be read."""
+
+    training: list[Tensor]
+    gradients: list[Tensor]
+    units: list[int]
+    missing: list[float]
+    unreadable: dict[int, str]
+
+
+def _read(division: Division) -> _Gradients:
+    found = _Gradients([], [], [], [0.0] * len(division.units), {})
+    for weight in division.weights:
+        parameter = weight.parameter
+        if parameter is None or not parameter.requires_grad:
+            continue
+        found.training.append(parameter)
+        gradient = parameter.grad
+        if is_sharded(parameter):
+            found.unreadable[weight.unit] = "sharded parameters: this rank holds only a part of each gradient"
+        elif gradient is None:
+            found.missing[weight.unit] += 1
+        elif gradient.layout is not torch.strided:
+            found.unreadable[weight.unit] = "a sparse gradient, which is not added up before the optimizer does it"
+        else:
+            found.gradients.append(gradient)
+            found.units.append(weight.unit)
+    return found
+
+
+def _parts(facts: Sequence[UnitFacts]) -> list[str]:
+    return list(dict.fromkeys(unit.part for unit in facts))
+
+
+def _norm(part: str) -> str:
+    return f"probe/grad/{part}/norm"
