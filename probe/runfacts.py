@@ -1,4 +1,4 @@
-"""What ``run.json`` says of a run: settings, sites, reasons, the model."""
+"""What ``run.json`` says of a run: settings, sites, reasons, the model, the training's setup."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 from probe.observation import Observation
+from probe.records import Setup
 from probe.settings import Options
 
 
-def run_facts(observation: Observation, options: Options) -> dict[str, Any]:
-    """Return the facts of a run as plain data; tokenizers and modules are named by their class."""
+def run_facts(observation: Observation, options: Options, setup: Setup | None = None) -> dict[str, Any]:
+    """Return the facts of a run as plain data; tokenizers and modules are named by their class. ``setup``: what the Trainer tells."""
     found = observation.discovery
     sites = options.sites if isinstance(options.sites, str) else {role: str(choice) for role, choice in options.sites.items()}
     return {
@@ -28,6 +29,7 @@ def run_facts(observation: Observation, options: Options) -> dict[str, Any]:
         "sites": [asdict(site) for site in found.sites.sites],
         "missing": dict(found.sites.missing),
         "model": asdict(found.facts),
+        "setup": None if setup is None else asdict(setup),
         "ranks": observation.ranks.world,
     }
 

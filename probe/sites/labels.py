@@ -59,6 +59,11 @@ def align(logits: Tensor, *, site: Site, facts: ModelFacts, micro: MicroBatch) -
     return _align_text(logits, facts, micro)
 
 
+def leaves_out_padding(facts: ModelFacts) -> bool:
+    """Tell whether the model's own loss leaves out labels under padding, whatever they are."""
+    return facts.model_type in _UNLEARNT_UNDER_PADDING
+
+
 def _align_text(logits: Tensor, facts: ModelFacts, micro: MicroBatch) -> Aligned | NotAligned:
     inputs, pending = micro.inputs, micro.output is None
     ready = _find(inputs, (SHIFTED_LABELS,)) if facts.label_shift else None
@@ -74,7 +79,7 @@ def _align_text(logits: Tensor, facts: ModelFacts, micro: MicroBatch) -> Aligned
             continue
         mask = named_output(micro.output, "attention_mask") if name == EXPANDED_LABELS else None
         labels = _moved(labels, logits)
-        if facts.model_type in _UNLEARNT_UNDER_PADDING:
+        if leaves_out_padding(facts):
             labels = _without_padding(labels, inputs.get("attention_mask"))
         padding = _padding(labels, facts, inputs, mask=mask)
         how = f"{name}, " if name == EXPANDED_LABELS else ""
