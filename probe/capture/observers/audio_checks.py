@@ -31,7 +31,7 @@ class AudioChecker(Watcher):
     def __init__(self, sites: Sequence[Site], facts: ModelFacts, modules: Mapping[str, nn.Module], scale: LogMelScale | None) -> None:
         """Check for a model with these sites and facts; ``scale`` is what its feature extractor can give, where that is known."""
         self._facts = facts
-        self._scale = scale
+        self._log_mel = scale
         encoders = [site.name for site in sites if site.role == "audio_encoder"]
         projectors = [site.name for site in sites if site.role == "projector"]
         self._encoder = first_encoder(sites, modules)
@@ -73,7 +73,7 @@ class AudioChecker(Watcher):
             if bins is not None:
                 buffer.totals.tell(MEL_BINS, bins)
         if clips.numel():
-            sums, maxima = check_waveform(clips) if is_waveform else check_log_mel(clips, self._scale)
+            sums, maxima = check_waveform(clips) if is_waveform else check_log_mel(clips, self._log_mel)
             buffer.totals.add(CLIPS.name, sums=sums, maxima=maxima)
 
     def _count(self, inputs: Mapping[str, Any], buffer: StepBuffer) -> None:
