@@ -14,8 +14,6 @@ from probe.findings.verdict import pooled_verdict
 from probe.records import Finding, Setup, Severity, StepRecord
 
 _METRIC = "probe/findings/"
-_LEAST_PASSES = 5  # older counterfactual passes are judged by, too, where the window holds fewer than these
-
 Listener = Callable[[Finding], object]
 
 
@@ -46,7 +44,7 @@ class Diagnosis:
         self._breaker = breaker
         self._stop_on = stop_on
         self._listener = listener
-        self._passes: deque[StepRecord] = deque(maxlen=_LEAST_PASSES)
+        self._passes: deque[StepRecord] = deque(maxlen=WINDOW)  # rarer than records, and wanted for longer
         self._life = Life(rules, setup, lambda code, error: breaker.trip(f"rule {code}", error))
         self.stop_asked = ""
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from probe.assemble.loss_audit import in_words
-from probe.assemble.loss_causes import Figures, explain
+from probe.assemble.loss_causes import explain as causes_of
+from probe.assemble.loss_figures import Figures, Kind
 from probe.assemble.loss_terms import Expectation, TermSums
 from probe.foreign.trainer_loss import LossSettings
 from probe.measure.variants import COLUMNS, VARIANTS
@@ -50,6 +51,14 @@ WHISPER = Reduction("WhisperForConditionalGeneration", "micro-batch", label_shif
 def figures(loss: float | None, expected: Expectation | None = None, **changes: Any) -> Figures:
     given: dict[str, Any] = {"settings": SETTINGS, "reduction": CAUSAL, **changes}
     return Figures(loss, expected or expectation(), **given)
+
+
+def explain(of: Figures) -> tuple[str, ...]:
+    return tuple(cause.sentence for cause in causes_of(of))
+
+
+def kinds(of: Figures) -> list[Kind]:
+    return [cause.kind for cause in causes_of(of)]
 
 
 def only(found: tuple[str, ...]) -> str:
@@ -392,3 +401,65 @@ def test_three_slips_at_once_are_not_believed() -> None:
 def test_the_reduction_in_words(expected: Expectation, words: str) -> None:
     """Each rule is said as it was applied."""
     assert in_words(figures(1.0, expected)) == words
+
+
+AUDIO = TermSums(0.5, columns((20.0, 60.0), (7.4, 5.1)), 80.0, modality="audio")
+BOTH = expectation(terms=(TermSums(1.0, columns(), 40.0), AUDIO), items=None)
+
+
+@pytest.mark.parametrize(
+    ("by", "modality", "left"),
+    [("items", "audio", 2.5), ("items", "text", 2.8375), ("micro-batch", "audio", 3.0), ("micro-batch", "text", 3.125)],
+)
+def test_the_loss_of_a_modality_that_is_missing(by: Any, modality: str, left: float) -> None:
+    """A loss of the text alone where there are audio labels, and the other way round, is recognised under either reduction."""
+    (cause,) = causes_of(figures(left, replace(BOTH, by=by), settings=replace(SETTINGS, takes_kwargs=False)))
+    assert cause.kind == modality
+    assert cause.sentence == f"the loss of the {modality} tokens is not in the loss, although there are labels for them"
+
+
+def test_a_modality_without_labels_is_not_missed() -> None:
+    """With one modality, or without labels of the other, no loss is said to be missing."""
+    empty = columns((0.0, 0.0), (0.0, 0.0))
+    alone = expectation(terms=(TermSums(1.0, columns(), 40.0), TermSums(1.0, empty, 0.0, modality="audio")), by="micro-batch", items=None)
+    assert not {"audio", "text"} & set(kinds(figures(1.0, alone)))
+
+
+SMOOTHED = expectation(smoothing=0.1)
+SHIFTING = replace(SETTINGS, smoothing=0.1, smoother_shifts=True)
+KINDS: list[tuple[str, Figures]] = [
+    ("accumulation", figures(6.0, replace(MICRO, items=40.0), reduction=WHISPER)),
+    ("accumulation", figures(1.25)),
+    ("ranks", figures(5.0, settings=replace(SETTINGS, ranks=2), expected=expectation(micro_batches=1))),
+    ("items", figures(3.0)),
+    ("shift", figures(2.5 * SLIPS["shift_less"])),
+    ("shift", figures(2.5 * SLIPS["shift_more"])),
+    ("padding", figures(2.5 * SLIPS["padding_out"])),
+    ("padding", figures(2.5, expectation(terms=(TermSums(1.0, columns(padding_out=33.0), 40.0),)))),
+    ("smoothing", figures(2.5, SMOOTHED, settings=SHIFTING)),
+    ("smoothing", figures(0.9 * 2.5 + 0.1 * 2.5 * UNIFORM)),
+    ("masked", figures(2.5, masked=1)),
+    ("nonfinite", figures(None, nonfinite=1)),
+    ("auxiliary", figures(2.5 + 0.6, expectation(auxiliary=0.3), settings=replace(SETTINGS, takes_kwargs=False))),
+    ("loss_function", figures(1.9, settings=replace(SETTINGS, loss_function="focal"))),
+    ("forward", figures(2.5 + 0.777, own=2.5 + 0.777)),
+    ("override", figures(7.7, settings=replace(SETTINGS, overridden=(("compute_loss", "Mine"),)))),
+    ("unexplained", figures(2.0)),
+]
+
+
+@pytest.mark.parametrize(("kind", "found"), KINDS, ids=[f"{kind}-{index}" for index, (kind, _) in enumerate(KINDS)])
+def test_every_cause_has_its_kind(kind: str, found: Figures) -> None:
+    """Whatever the words are, the kind says what a cause is about."""
+    assert kinds(found) == [kind]
+
+
+def test_the_kind_of_a_log_that_hides() -> None:
+    """A log of a share of the loss is a cause of its own beside what it hides."""
+    old = replace(SETTINGS, takes_kwargs=False, backward_share=2.0, version="4.46.3")
+    assert kinds(figures(6.0, MICRO, settings=old, logged=3.0)) == ["accumulation", "log"]
+
+
+def test_every_kind_is_tried() -> None:
+    """The tests above leave no kind out."""
+    assert {kind for kind, _ in KINDS} | {"log", "text", "audio"} == set(get_args(Kind))

@@ -19,6 +19,7 @@ from probe.capture.microbatch import MicroBatch
 from probe.capture.observers.head_cells import HEAD_COLUMNS, audit_cell, head_cell
 from probe.capture.observers.loss import CELL, OUTPUT_CELL
 from probe.capture.observers.statistics import statistics_cell
+from probe.diagnosis import Diagnosis
 from probe.foreign.trainer_loss import LossSettings
 from probe.measure.variants import COLUMNS
 from probe.merge.packing import HostStep
@@ -291,7 +292,14 @@ def test_only_the_log_of_the_same_step_counts(logged: tuple[int, float] | None, 
         return replace(speech_record(), step=measured.step)
 
     observation = SimpleNamespace(breaker=Breaker(print), record=record)
-    publisher = Publisher(observation, folder=None, terminal=None, sections=lambda step: (), keep=lambda made, seen: None)
+    publisher = Publisher(
+        observation,
+        diagnosis=Diagnosis(observation.breaker),
+        folder=None,
+        terminal=None,
+        sections=lambda step: (),
+        keep=lambda made, seen: None,
+    )
     publisher.expect(SimpleNamespace(step=3, forwards=1, kept={}))
     publisher.publish(logged=logged)
     assert given == [told]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 
 from probe.assemble.draft import Draft, ratio
-from probe.assemble.loss_causes import Figures, explain
+from probe.assemble.loss_causes import explain
+from probe.assemble.loss_figures import Figures
 from probe.assemble.loss_terms import Expectation, TermSums
 from probe.capture.observers.head_cells import audit_cell, head_cell
 from probe.capture.observers.loss import ABSENT, CELL, OUTPUT_CELL
@@ -47,6 +48,7 @@ def loss_audit(draft: Draft, *, logged: float | None) -> LossAudit | None:
         )
         return LossAudit(backpropagated=shown, logged=logged)
     nothing = "every label of this step is -100" if expected is None else f"the loss is not a finite number: {loss}"
+    causes = explain(figures)
     value = draft.measure(RATIO, ratio(shown, expected) if shown is not None and expected is not None else None, nothing)
     return LossAudit(
         backpropagated=shown,
@@ -55,7 +57,8 @@ def loss_audit(draft: Draft, *, logged: float | None) -> LossAudit | None:
         logged=logged,
         reduction=in_words(figures),
         standard_error=figures.expectation.standard_error(),
-        causes=explain(figures),
+        causes=tuple(cause.sentence for cause in causes),
+        kinds=tuple(cause.kind for cause in causes),
     )
 
 
@@ -165,7 +168,9 @@ def _term(draft: Draft, term: Term, all_labels: float | None) -> TermSums:
     columns = draft.host.cells[audit_cell(term.site, term.codebook)].sums
     variance = draft.host.cells[head_cell(term.site, term.codebook)].sums["sampling_variance"]
     labelled = columns["meant:labelled"]
-    return TermSums(term.weight, columns, labelled if all_labels is None or term.modality != "text" else all_labels, variance)
+    return TermSums(
+        term.weight, columns, labelled if all_labels is None or term.modality != "text" else all_labels, variance, term.modality
+    )
 
 
 def in_words(figures: Figures) -> str:

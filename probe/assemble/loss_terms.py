@@ -17,6 +17,7 @@ from math import sqrt
 from typing import Literal
 
 from probe.measure.variants import Variant
+from probe.records import Modality
 from probe.sites.reduction import By
 
 
@@ -29,12 +30,14 @@ class TermSums:
         columns: :data:`probe.measure.variants.COLUMNS`, over all micro-batches and ranks.
         counted: Its labels as this version of the Trainer counts them.
         variance: Of the summed cross-entropy, where only some rows were evaluated; else 0.
+        modality: Of its tokens.
     """
 
     weight: float
     columns: Mapping[str, float]
     counted: float
     variance: float = 0.0
+    modality: Modality = "text"
 
     def labelled(self, variant: Variant = "meant") -> float:
         """Return how many labels a variant lays over logits."""
@@ -87,6 +90,7 @@ class Expectation:
         smoothing: float | None = None,
         by: By | None = None,
         divisor: Literal["counted", "given"] = "counted",
+        without: Modality | None = None,
     ) -> float | None:
         """Return the loss by the rule, or as a slip would make it; ``None`` if there is nothing to divide by.
 
@@ -95,15 +99,17 @@ class Expectation:
             smoothing: Instead of ``smoothing``.
             by: Instead of ``by``.
             divisor: "given": ``num_items_in_batch`` as the Trainer gave it, instead of the labels of each term.
+            without: Leaves out the terms of a modality.
         """
         epsilon = self.smoothing if smoothing is None else smoothing
-        if not any(term.labelled(variant) for term in self.terms):
+        terms = tuple(term for term in self.terms if term.modality != without)
+        if not any(term.labelled(variant) for term in terms):
             return None
         if (by or self.by) == "micro-batch":
-            total = sum(term.weight * term.mixed(variant, "micro_", epsilon) for term in self.terms)
+            total = sum(term.weight * term.mixed(variant, "micro_", epsilon) for term in terms)
             return total / self.micro_batches + self.auxiliary
         total = 0.0
-        for term in self.terms:
+        for term in terms:
             count = self.items if divisor == "given" else term.counted if variant == "meant" else term.labelled(variant)
             if not count:
                 return None

@@ -13,7 +13,7 @@ class LossAudit:
     is what the Trainer's log said of this very step (only with ``logging_steps=1``). ``reduction`` says in words how ``expected`` was
     put together; ``standard_error`` is that of ``expected`` where only some rows of a head were evaluated (0: all were). ``causes``
     explains, most telling first, what is off; empty when nothing is. ``kinds`` is as long: the short name of each cause (see
-    :mod:`probe.assemble.loss_causes`).
+    :data:`probe.assemble.loss_figures.Kind`).
     """
 
     backpropagated: float | None = None
