@@ -8,7 +8,9 @@ forwards again there); the root's forward is running on this thread and was ente
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -174,3 +176,24 @@ class HookSet:
             if not self._breaker.is_off(observer.name):
                 with self._breaker.guard(observer.name, call.site.name or "the model"), torch.no_grad():
                     observer.leave(call, forward.buffer)
+
+
+@contextmanager
+def listening(modules: Mapping[str, nn.Module], hear: Callable[[str, Any], None]) -> Iterator[None]:
+    """Hand the output of every call of these modules to ``hear(name, output)`` while the context is open.
+
+    For forwards that the probe itself runs, outside any training forward. What ``hear`` raises passes through the model to whoever
+    runs it.
+    """
+    handles: list[RemovableHandle] = []
+    try:
+        for name, module in modules.items():
+            handles.append(module.register_forward_hook(partial(_heard, name, hear)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _heard(name: str, hear: Callable[[str, Any], None], module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    hear(name, output)

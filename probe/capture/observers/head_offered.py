@@ -8,6 +8,7 @@ Shapes: B samples, S positions, P positions that the output tells of.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,12 +27,23 @@ from probe.sites.laying import IGNORED, Aligned
 FROM_OUTPUT = "from the log_probs that the model returned in place of logits"
 
 
-def score_offered(site: Site, micro: MicroBatch, facts: ModelFacts) -> Scored | NotAligned | None:
-    """Score a text head from the root's output; ``None`` if that offers no ``log_probs``. No sync.
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """What the root's output tells of each position.
 
-    What the output does not offer stays without rows: top 5, calibration, the most frequent prediction, and other ways to lay the labels;
-    so does its share of ``uniform``, which is NaN (it can be told from no log-probability of the label alone).
+    Attributes:
+        log_probs: (B, P), any float dtype.
+        meant: (B, P) bool: positions that have a label.
+        aligned: The labels as they lie over the positions, or why they do not.
     """
+
+    log_probs: Tensor
+    meant: Tensor
+    aligned: Aligned | NotAligned
+
+
+def offered_rows(site: Site, micro: MicroBatch, facts: ModelFacts) -> Offered | NotAligned | None:
+    """Return the log-probabilities of a text head's labels that the root's output offers; ``None`` if it offers none. No sync."""
     log_probs_BP = named_output(micro.output, "log_probs")
     if site.modality != "text" or not isinstance(log_probs_BP, Tensor) or log_probs_BP.dim() != 2 or not log_probs_BP.is_floating_point():
         return None
@@ -42,15 +54,28 @@ def score_offered(site: Site, micro: MicroBatch, facts: ModelFacts) -> Scored | 
         if isinstance(aligned, NotAligned):
             return aligned
         meant_BP = aligned.labels != IGNORED
+    return Offered(log_probs_BP, meant_BP != 0, aligned)
+
+
+def score_offered(site: Site, micro: MicroBatch, facts: ModelFacts) -> Scored | NotAligned | None:
+    """Score a text head from the root's output; ``None`` if that offers no ``log_probs``. No sync.
+
+    What the output does not offer stays without rows: top 5, calibration, the most frequent prediction, and other ways to lay the labels;
+    so does its share of ``uniform``, which is NaN (it can be told from no log-probability of the label alone).
+    """
+    found = offered_rows(site, micro, facts)
+    if not isinstance(found, Offered):
+        return found
+    log_probs_BP, meant_BP, aligned = found.log_probs, found.meant, found.aligned
     entropy_BP = _beside(log_probs_BP, named_output(micro.output, "entropy"))
     correct_BP = _beside(log_probs_BP, named_output(micro.output, "is_top1"))
-    scored_BP = (meant_BP != 0) & log_probs_BP.isfinite()
+    scored_BP = meant_BP & log_probs_BP.isfinite()
     labelled = _total(scored_BP)
     columns = {
         "cross_entropy": -_total(log_probs_BP, scored_BP),
         "squared_cross_entropy": _total(log_probs_BP.to(accumulator(log_probs_BP.device)).square(), scored_BP),
         "labelled": labelled,
-        "nonfinite_rows": _total((meant_BP != 0) & ~log_probs_BP.isfinite()),
+        "nonfinite_rows": _total(meant_BP & ~log_probs_BP.isfinite()),
     }
     for name, offered in (("entropy", entropy_BP), ("correct", correct_BP)):
         if offered is not None:
