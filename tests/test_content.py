@@ -46,9 +46,11 @@ def rows(*counts: int, size: int = 40, token: int = PLACE) -> Tensor:
         ((10, 12, 8), (40, 48, 32), [0, 1, 2]),
         ((20, 0, 10), (40, 40, 40), [0, 0, 2]),  # two clips of one sample, none of the next
         ((9, 24), (36, 48, 48), [0, 1, 1]),
-        ((2, 1), (36, 90, 5), [0, 0, 1]),  # one placeholder a clip, whatever its length
+        ((2, 1), (36, 5, 90), [0, 0, 1]),  # one placeholder a clip, whatever its length
+        ((10, 5), (40, 40, 0), [0, 1, 1]),  # a clip of nothing comes last, and is nobody's but the last sample's
         ((0, 0), (36, 90), [0, 1]),
-        ((0, 0), (36, 90, 10), [0, 1, 2]),  # nobody tells
+        ((0, 0), (36, 90, 10), [2, 3, 4]),  # nobody tells: no sample has these numbers
+        ((20, 4, 6), (40, 40, 40), [0, 1, 2]),  # as many clips as samples, whatever else the placeholders stand for
         ((5, 31), (17, 26, 49, 51), [0, 1, 1, 1]),  # rounded by two strides of 2
     ],
 )
@@ -83,6 +85,8 @@ def test_without_token_ids_every_clip_is_a_sample() -> None:
     inputs = {"input_features": torch.zeros(3, 4, 48), "labels": rows(1, 2, 3)}
     assert features_of(inputs).owner_C.tolist() == [0, 1, 2]
     inputs["input_ids"] = rows(9, 0, 0)
+    assert features_of(inputs, facts()).owner_C.tolist() == [0, 1, 2]
+    assert features_of(inputs | {"input_ids": rows(9, 0)}, facts()).owner_C.tolist() == [2, 3, 4]
     assert features_of(inputs, facts(("audio_token_id", PLACE), encoder_decoder=True)).owner_C.tolist() == [0, 1, 2]
 
 
@@ -187,6 +191,18 @@ def test_codes_of_a_model_that_predicts_none_are_all_given() -> None:
     inputs, _ = spoken(0)
     content = codes_of(inputs, roles=AudioRoles(predicts=False, codebooks=BOOKS))
     assert torch.equal(content.frames_CT, inputs["audio_input_ids_mask"])
+
+
+def test_given_codes_need_no_labels() -> None:
+    """Where ids tell given audio from predicted, a batch without audio labels has a reference all the same."""
+    ids = torch.tensor([[WORD, PLACE, PLACE, OUT, OUT, OUT], [OUT, OUT, WORD, PLACE, PLACE, PLACE]])
+    inputs = {"input_ids": ids, "audio_input_ids": torch.zeros(2, 5, BOOKS, dtype=torch.long), "audio_input_ids_mask": torch.ones(2, 5)}
+    known = facts(("audio_in_token_idx", PLACE), ("audio_out_token_idx", OUT), codebooks=BOOKS)
+    roles = AudioRoles(predicts=True, given=frozenset({PLACE}), codebooks=BOOKS)
+    content = content_of(Condition("audio_input_ids", "codes"), inputs, facts=known, roles=roles)
+    assert isinstance(content, Content)
+    assert content.frames_CT is not None
+    assert content.frames_CT.tolist() == [[True, True, False, False, False], [False, False, True, True, True]]
 
 
 def test_codes_that_the_user_named() -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from probe.capture.microbatch import MicroBatch
 from probe.counterfactual.conditions import Condition
-from probe.sites.batch import AUDIO_CODE_MASKS, AUDIO_CODES, FEATURE_MASKS
+from probe.sites.batch import AUDIO_CODE_MASKS, AUDIO_CODES, FEATURE_MASKS, samples_in
 from probe.sites.facts import ModelFacts
 from probe.sites.modality import AUDIO, REFERENCE, token_modality
 from probe.sites.reference import AudioRoles, laid_over, stands_for_given, unlabelled_runs
@@ -33,7 +33,8 @@ class Content:
     Attributes:
         tensor: The input.
         count: Clips, C.
-        owner_C: The sample that each clip belongs to, int64 on the tensor's device.
+        owner_C: The sample that each clip belongs to, int64 on the tensor's device; of clips whose samples nobody can tell, numbers of
+            their own that no sample has.
         time: The dimension of the tensor that counts frames.
         frames_CT: Which frames of each clip are its content, bool; ``None`` for all.
         joined: The clips stand one after the other in one tensor (K, N), each with ``frames_CT`` of its own.
@@ -181,14 +182,16 @@ def _owners(inputs: Mapping[str, Any], facts: ModelFacts, length_C: Tensor) -> T
     One clip a sample where there are as many clips as samples and every sample has placeholders. Otherwise clips and placeholders come in
     the same order: one placeholder a clip where there are as many, else a clip's share of all placeholders is its share of all frames
     (``length_C``), up to the rounding of strides and poolings, and the sample that holds the middle of that share owns it. Where no
-    placeholder tells, every clip is a sample of its own.
+    placeholder tells, every clip is a sample of its own: the one of its number if there are as many, else one numbered from B on.
     """
     device = length_C.device
     number_C = torch.arange(length_C.shape[0], device=device)
     ids_BS = inputs.get("input_ids")
     tokens = _given_placeholders(facts)
+    samples = samples_in(inputs)
+    alone_C = number_C if samples == length_C.shape[0] else number_C + samples
     if not isinstance(ids_BS, Tensor) or ids_BS.dim() != 2 or not tokens or facts.encoder_decoder:
-        return number_C
+        return alone_C
     ids_BS = ids_BS.to(device, non_blocking=True)
     held_B = torch.stack([(ids_BS == token).sum(1) for token in tokens]).sum(0)
     until_B = held_B.cumsum(0)
@@ -199,7 +202,7 @@ def _owners(inputs: Mapping[str, Any], facts: ModelFacts, length_C: Tensor) -> T
     alone = total == 0
     if length_C.shape[0] == ids_BS.shape[0]:
         alone = alone | (held_B > 0).all()
-    return torch.where(alone, number_C, owner_C)
+    return torch.where(alone, alone_C, owner_C)
 
 
 def _given_placeholders(facts: ModelFacts) -> tuple[int, ...]:
