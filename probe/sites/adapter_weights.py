@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-# The last factor of what an adapter adds: while it is all 0, the adapter adds nothing. The first that a layer has counts (AdaLoRA has
-# a ``lora_B`` beside ``lora_E``, and begins with the latter at 0).
-_OUTPUTS = ("lora_E", "lora_B", "lora_embedding_B", "vera_lambda_b", "hira_B", "hira_embedding_B")
+# The factor of what an adapter adds that it begins with at 0: while it is all 0, the adapter adds nothing. The first that a layer has
+# counts (AdaLoRA has a ``lora_B`` beside ``lora_E``). For embeddings PEFT begins with ``A`` at 0. Checked on peft 0.13.2, 0.17, 0.21.2.
+_OUTPUTS = ("lora_E", "lora_B", "lora_embedding_A", "vera_lambda_b", "hira_B", "hira_embedding_A")
 _HAND_WRITTEN = "lora_"
 
 
@@ -22,10 +22,16 @@ class AdapterOutputs:
 
 
 def adapter_owners(model: nn.Module) -> frozenset[int]:
-    """Return ``id(module)`` of every module all of whose own parameters are an adapter's."""
+    """Return ``id(module)`` of every module all of whose own parameters are an adapter's.
+
+    PEFT's layers name their adapters' modules in ``adapter_layer_names`` (those of ``modules_to_save`` are whole copies of modules, no
+    adapters); its models keep learned prompts and prefixes in ``prompt_encoder``. Checked on peft 0.13.2, 0.17 and 0.21.2.
+    """
     owners: set[int] = set()
     for module in model.modules():
-        for key in (*getattr(type(module), "adapter_layer_names", ()), *(key for key in module._modules if _is_lora(key))):
+        named = [key for key in getattr(type(module), "adapter_layer_names", ()) if key != "modules_to_save"]
+        prompts = ["prompt_encoder"] if type(module).__module__.startswith("peft.") else []
+        for key in (*named, *prompts, *filter(_is_lora, module._modules)):
             child = module._modules.get(key)
             if child is not None:
                 owners.update(id(inner) for inner in child.modules())
@@ -41,25 +47,27 @@ def adapter_outputs(model: nn.Module) -> tuple[AdapterOutputs, ...]:
     """Return every module with an adapter whose output weight is known by name, in tree order. Reads no values."""
     found = []
     for name, module in model.named_modules():
-        container = next((child for key in _OUTPUTS if (child := module._modules.get(key)) is not None), None)
-        own = next((key for key in _OUTPUTS if module._parameters.get(key) is not None), None)
-        places = tuple(_places(container, _active(module))) if container is not None else ((module, own),) if own else ()
+        places = next((places for key in _OUTPUTS if (places := tuple(_places(module, key)))), ())
         if places:
             found.append(AdapterOutputs(name, places))
     return tuple(found)
 
 
-def _places(container: nn.Module, active: tuple[str, ...]) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the places of weights in ``lora_B``: a layer itself, a dictionary of layers by adapter, or one of parameters."""
+def _places(layer: nn.Module, key: str) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the places of a layer's ``lora_B``: a parameter, a module with a weight, or a dictionary of either by adapter."""
+    if layer._parameters.get(key) is not None:
+        yield layer, key
+    container = layer._modules.get(key)
+    if container is None:
+        return
     if container._parameters.get("weight") is not None:
         yield container, "weight"
         return
-    for key, child in container._modules.items():
-        if child is not None and child._parameters.get("weight") is not None and (not active or key in active):
+    active = _active(layer)
+    for adapter, child in container._modules.items():
+        if child is not None and child._parameters.get("weight") is not None and (not active or adapter in active):
             yield child, "weight"
-    for key, parameter in container._parameters.items():
-        if parameter is not None and (not active or key in active):
-            yield container, key
+    yield from ((container, adapter) for adapter in container._parameters if not active or adapter in active)
 
 
 def _active(layer: nn.Module) -> tuple[str, ...]:
