@@ -15,7 +15,7 @@ from probe.records import Counterfactual, Effect, Intervention, Modality, Sample
 
 _DIVERGENCES: tuple[Intervention, ...] = ("swap", "silence")
 _HEADLINE = ("delta_loss_swap", "delta_loss_silence", "win_rate")
-_NO_LABEL = "no labelled token has a finite loss both as it is and under it"
+_NO_LABEL = "no labelled token of a sample that it reached has a finite loss both as it is and under it"
 _NO_PASS = "no pass was made in this step"
 
 
@@ -58,7 +58,7 @@ def _measure(draft: Draft, effects: dict[tuple[Modality, Intervention], Effect],
     elif name == "win_rate":
         value, why = effect.win_rate, _why_no_share(draft, modality, effect)
     elif column == "divergence":
-        value, why = effect.divergence, draft.host.reasons.get(f"{NAME}/{modality}/divergence", draft.host.reasons.get(NAME, _NO_LABEL))
+        value, why = effect.divergence, draft.host.reasons.get(f"{NAME}/{modality}/divergence", _NO_LABEL)
     else:
         value, why = effect.delta_loss, _NO_LABEL
     draft.measure(f"{at}/{name}", value, why)

@@ -43,15 +43,21 @@ def own_table(heads: Sequence[HeadRows]) -> Tensor:
     return _over_heads([[head.samples.totals(t) for t in _counted(head.loss_N, head.loss_N.isfinite())] for head in heads], heads)
 
 
-def paired_table(before: Sequence[HeadRows], after: Sequence[HeadRows]) -> Tensor:
-    """Return loss as it is, loss under the intervention and tokens of each sample, over the tokens that have both, (B, 3) float64."""
+def paired_table(before: Sequence[HeadRows], after: Sequence[HeadRows], reached_B: Tensor | None = None) -> Tensor:
+    """Return loss as it is, loss under the intervention and tokens of each sample, over the tokens that have both, (B, 3) float64.
+
+    Samples that ``reached_B`` (bool) leaves out have no tokens; where samples cannot be told apart, none is left out.
+    """
     tables = []
     for one, other in zip(before, after, strict=True):
         both_N = one.loss_N.isfinite() & other.loss_N.isfinite()
         loss_N, tokens_N = _counted(one.loss_N, both_N)
         changed_N, _ = _counted(other.loss_N, both_N)
         tables.append([one.samples.totals(values_N) for values_N in (loss_N, changed_N, tokens_N)])
-    return _over_heads(tables, before)
+    table_B3 = _over_heads(tables, before)
+    if reached_B is None or len(reached_B) != len(table_B3) or not samples_known(before):
+        return table_B3
+    return torch.where(reached_B.unsqueeze(1), table_B3, 0.0)
 
 
 def effect_sums(table_B3: Tensor, divergence: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from probe.capture.observers.root_call import RootCall
 from probe.counterfactual.conditions import Condition
 from probe.counterfactual.effects import INTERVENTIONS, effect_sums, own_table, paired_table, samples_known
 from probe.counterfactual.interventions import intervene
+from probe.counterfactual.reach import reached_samples
 from probe.counterfactual.replay import Replayed, run_again
 from probe.counterfactual.scoring import Distribution, HeadRows, distribution, divergence, head_rows
 from probe.measure.chunks import MIB, accumulator
@@ -27,6 +28,10 @@ KEPT_MIB = 8.0
 JOINED = "the labels of all samples lie joined, and nothing tells which sample a label is of"
 NO_LOGITS = "the model's output offers log-probabilities of the labels only"
 OTHER_ROWS = "under it the head returned another number of rows"
+
+
+Reserve = Callable[[str, int], bool]
+"""Counts bytes for a part of what is measured against the buffer's budget; false, with the reason noted, if they do not fit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,7 @@ class _Baseline:
     kept: dict[str, Distribution]
 
 
-def run_passes(
-    call: RootCall, conditions: Sequence[Condition], experiment: Experiment, *, salt: int, reserve: Callable[[int], bool]
-) -> Outcome:
+def run_passes(call: RootCall, conditions: Sequence[Condition], experiment: Experiment, *, salt: int, reserve: Reserve) -> Outcome:
     """Run and compare the passes. No sync but the model's own.
 
     At any time it holds one pass's logits, one changed copy of the conditions, and of the pass as it is 4 bytes a row and at most
@@ -89,7 +92,7 @@ def run_passes(
         conditions: The inputs to change.
         experiment: The model.
         salt: Which rows divergence is taken over.
-        reserve: Counts bytes against the buffer's budget; false if they do not fit.
+        reserve: Asks the buffer's budget.
 
     Raises:
         Exception: What the model raises.
@@ -104,12 +107,13 @@ def run_passes(
             before = _as_it_is(call, experiment, outcome, salt=salt, reserve=reserve)
             if before is None:
                 return outcome
+        reached_B = reached_samples(call.micro.inputs, replaced, conditions, facts=experiment.facts, roles=experiment.roles)
         changed = _replay(call, replaced, experiment)
         if isinstance(changed, str):
             outcome.reasons[what] = changed
             continue
         del replaced
-        _compare(what, before, changed, experiment, outcome)
+        _compare(what, before, changed, experiment, outcome, reached_B=reached_B)
     return outcome
 
 
@@ -117,7 +121,7 @@ def _replay(call: RootCall, replaced: Mapping[str, Tensor], experiment: Experime
     return run_again(call, replaced, heads={name: experiment.modules[name] for name in experiment.heads}, compiled=experiment.compiled)
 
 
-def _as_it_is(call: RootCall, experiment: Experiment, outcome: Outcome, *, salt: int, reserve: Callable[[int], bool]) -> _Baseline | None:
+def _as_it_is(call: RootCall, experiment: Experiment, outcome: Outcome, *, salt: int, reserve: Reserve) -> _Baseline | None:
     """Run the pass as it is and keep what others are compared with; ``None`` if there is nothing to compare, with the reason."""
     replayed = _replay(call, {}, experiment)
     if isinstance(replayed, str):
@@ -131,16 +135,17 @@ def _as_it_is(call: RootCall, experiment: Experiment, outcome: Outcome, *, salt:
     if not rows:
         outcome.reasons[""] = next(iter(outcome.reasons.values()), "the model has no LM head")
         return None
-    if not reserve(sum(4 * one.loss_N.numel() for one in rows.values())):
+    if not reserve("", sum(4 * one.loss_N.numel() for one in rows.values())):
         return None
     before = _Baseline({}, {})
     for name, one in rows.items():
         before.heads[name] = replace(one, logits=None)
-        kept = _kept(one, len(rows), salt, reserve)
+        part = f"{_modality(experiment, name)}/divergence"
+        kept = _kept(one, len(rows), salt, lambda nbytes, part=part: reserve(part, nbytes))  # type: ignore[misc]
         if kept is not None:
             before.kept[name] = kept
         elif one.logits is None:
-            outcome.reasons[f"{_modality(experiment, name)}/divergence"] = NO_LOGITS
+            outcome.reasons[part] = NO_LOGITS
     for modality, names in _by_modality(experiment, before).items():
         heads = [before.heads[name] for name in names]
         outcome.known[modality] = samples_known(heads)
@@ -159,8 +164,10 @@ def _kept(one: HeadRows, heads: int, salt: int, reserve: Callable[[int], bool]) 
     return distribution(one, most=most, salt=salt) if most and reserve(most * row_bytes) else None
 
 
-def _compare(what: Intervention, before: _Baseline, changed: Replayed, experiment: Experiment, outcome: Outcome) -> None:
-    """Enter what an intervention did, modality by modality."""
+def _compare(
+    what: Intervention, before: _Baseline, changed: Replayed, experiment: Experiment, outcome: Outcome, *, reached_B: Tensor | None
+) -> None:
+    """Enter what an intervention did to the samples that it reached, modality by modality."""
     for modality, names in _by_modality(experiment, before).items():
         after: list[HeadRows] = []
         for name in names:
@@ -170,8 +177,9 @@ def _compare(what: Intervention, before: _Baseline, changed: Replayed, experimen
                 break
             after.append(found)
         else:
-            table_B3 = paired_table([before.heads[name] for name in names], after)
-            apart = [divergence(before.kept[name], rows) for name, rows in zip(names, after, strict=True) if name in before.kept]
+            table_B3 = paired_table([before.heads[name] for name in names], after, reached_B)
+            compared = [(before.kept[name], rows) for name, rows in zip(names, after, strict=True) if name in before.kept]
+            apart = [divergence(kept, rows, reached_B) for kept, rows in compared]
             nothing = torch.zeros(2, dtype=accumulator(table_B3.device), device=table_B3.device)
             outcome.sums[modality, what] = effect_sums(table_B3, sum((one.to(nothing) for one in apart), nothing))
             outcome.tables[modality] = torch.cat([outcome.tables[modality], table_B3[:, 1:]], 1)

@@ -40,6 +40,10 @@ class Samples:
     known: bool
     index_N: Tensor | None = None
 
+    def of(self, index_R: Tensor, rows: int) -> Tensor:
+        """Return the sample of each of some rows, int64 (R,), of a head that has ``rows`` rows."""
+        return torch.div(index_R, rows // self.count, rounding_mode="floor") if self.index_N is None else self.index_N[index_R]
+
     def totals(self, values_N: Tensor) -> Tensor:
         """Return the sum of each sample's values, (count,), accumulated in float64. No sync."""
         wide = accumulator(values_N.device)
@@ -159,15 +163,20 @@ def distribution(rows: HeadRows, *, most: int, salt: int) -> Distribution | None
     return Distribution(index_R, used_R, _log_probabilities(rows, index_R))
 
 
-def divergence(before: Distribution, after: HeadRows) -> Tensor:
+def divergence(before: Distribution, after: HeadRows, reached_B: Tensor | None = None) -> Tensor:
     """Return Σ KL(before ‖ after) in nats and the number of rows it is over, (2,) float64. No sync.
 
-    Rows whose divergence is not finite are left out. Temporaries stay below 2 MiB each, or are of one row.
+    Rows whose divergence is not finite are left out, and those of samples that ``reached_B`` (bool) leaves out. Temporaries stay
+    below 2 MiB each, or are of one row.
 
     Source: KL(p ‖ q) = Σ p (log p - log q) = Σ p (e^d - 1 - d) with d = log q - log p, as both sum to 1. In this form no term is negative,
     and the rounding of the two normalisations, larger than the divergence of two nearly equal passes, drops out.
     """
     wide, limit = accumulator(before.log_p_RV.device), per_chunk(4.0 * before.log_p_RV.shape[1], _DIVERGENCE_MIB)
+    used_R = before.used_R
+    if reached_B is not None and after.samples.count == len(reached_B):
+        sample_R = after.samples.of(before.index_R, after.loss_N.numel())
+        used_R = used_R & reached_B[sample_R.clamp(max=len(reached_B) - 1)]
     total_2 = torch.zeros(2, dtype=wide, device=before.log_p_RV.device)
     for start in range(0, len(before.index_R) if after.logits is not None else 0, limit):
         rows = slice(start, start + limit)
@@ -177,7 +186,7 @@ def divergence(before: Distribution, after: HeadRows) -> Tensor:
         # Far apart e^d overflows where p e^d = q does not; and where p is 0 only q is left.
         far_CV = log_q_CV.exp() - torch.where(p_CV > 0, p_CV + p_CV * d_CV, 0.0)
         kl_C = torch.where(d_CV.abs() < 1, near_CV, far_CV).sum(-1, dtype=wide)
-        counted_C = before.used_R[rows] & kl_C.isfinite()
+        counted_C = used_R[rows] & kl_C.isfinite()
         total_2 += torch.stack([torch.where(counted_C, kl_C, 0.0).sum(), counted_C.sum(dtype=wide)])
     return total_2
 

@@ -143,7 +143,11 @@ class CounterfactualWatcher(RootCallKeeper):
         held = buffer.bytes
         try:
             outcome = run_passes(
-                call, conditions, self._experiment, salt=buffer.step or 0, reserve=lambda nbytes: buffer.reserve(NAME, nbytes)
+                call,
+                conditions,
+                self._experiment,
+                salt=buffer.step or 0,
+                reserve=lambda part, nbytes: buffer.reserve(f"{NAME}/{part}" if part else NAME, nbytes),
             )
         finally:
             buffer.release(buffer.bytes - held)

@@ -13,8 +13,10 @@ Use = Literal["used", "weak", "ignored", "leaked"]
 
 @dataclass(frozen=True, slots=True)
 class Effect:
-    """One intervention and the labelled tokens of one modality, over the samples of one micro-batch of every rank.
+    """One intervention and the labelled tokens of one modality, over the samples of one micro-batch of every rank that it reached.
 
+    A sample without audio, or without another's to take, is not reached by it and not counted (see
+    :func:`probe.counterfactual.reach.reached_samples`), unless the samples cannot be told apart.
     ``loss`` is as it is, ``delta_loss`` how much more it is under the intervention, both in nats per labelled token.
     ``delta_loss_error`` is the standard error of ``delta_loss`` over samples (``None`` with fewer than two). ``win_rate``: share of
     samples whose own loss is lower as it is (a tie counts half). ``divergence``: KL(as it is ‖ intervened) of the predicted
@@ -35,8 +37,9 @@ class Effect:
 
 @dataclass(frozen=True, slots=True)
 class SampleEffect:
-    """One sample of this rank: its loss as it is, and under each intervention (nats per labelled token; ``None`` where not made).
+    """One sample of this rank: its loss as it is, and under each intervention, in nats per labelled token.
 
+    ``None`` where an intervention was not made, or did not reach this sample.
     ``group`` is what the user's column or the language token says of it, "" if nothing does.
     """
 
