@@ -67,7 +67,7 @@ def check_log_mel(x_CMT: Tensor, scale: LogMelScale | None) -> tuple[Tensor, Ten
     slack = _TOLERANCE + 2 * torch.finfo(x_CMT.dtype).eps  # of bf16's rounding of values up to 2
     for chunk_cMT in _clips(x_CMT):
         low_c, high_c = chunk_cMT.flatten(1).aminmax(dim=1)
-        finite_c = torch.isfinite(low_c) & torch.isfinite(high_c)
+        finite_c = _finite(low_c, high_c)
         constant_c = finite_c & (low_c == high_c)
         counted = {"nonfinite": ~finite_c, "constant": constant_c}
         if scale is not None:
@@ -100,7 +100,7 @@ def check_waveform(x_CN: Tensor) -> tuple[Tensor, Tensor]:
     sums, extremes = _nothing(x_CN)
     for chunk_cN in _clips(x_CN):
         low_c, high_c = chunk_cN.aminmax(dim=1)
-        finite_c = torch.isfinite(low_c) & torch.isfinite(high_c)
+        finite_c = _finite(low_c, high_c)
         constant_c = finite_c & (low_c == high_c)
         silent_c = finite_c & (torch.maximum(high_c, -low_c) < SILENT_PEAK)
         at_extreme_c = ((chunk_cN == low_c[:, None]) | (chunk_cN == high_c[:, None])).sum(1)
@@ -136,12 +136,17 @@ def _clips(x: Tensor) -> Iterator[Tensor]:
         yield from torch.split(x, per_chunk(x.element_size() * x[0].numel()))
 
 
+def _finite(low_c: Tensor, high_c: Tensor) -> Tensor:
+    """Tell which clips hold finite values only: ``aminmax`` hands NaN on, and 0 times NaN or Inf is NaN."""
+    return (low_c * 0 == 0) & (high_c * 0 == 0)
+
+
 def _columns(counted: dict[str, Tensor]) -> Tensor:
     none = torch.zeros_like(next(iter(counted.values())))
     return torch.stack([counted.get(name, none) for name in COLUMNS_SUMS]).sum(1).double()
 
 
 def _extremes(chunk: Tensor) -> Tensor:
-    finite = torch.isfinite(chunk)
-    high, low = chunk.masked_fill(~finite, -math.inf).amax(), chunk.masked_fill(~finite, math.inf).amin()
+    high = chunk.nan_to_num(nan=-math.inf, posinf=-math.inf, neginf=-math.inf).amax()
+    low = chunk.nan_to_num(nan=math.inf, posinf=math.inf, neginf=math.inf).amin()
     return torch.stack([high, -low]).double()

@@ -38,14 +38,19 @@ def hash_rows(x: Tensor, *, salt: int = 0) -> Tensor:
     width = bits.shape[1:].numel()
     salt = _wrapped(hash((salt, tuple(x.shape[1:]))))  # of whole numbers: the same in every process
     total_B = torch.full((x.shape[0],), salt, dtype=torch.int64, device=x.device)
-    together = per_chunk(8 * max(width, 1))
+    count = per_chunk(8 * max(width, 1))
     for start in range(0, width if x.shape[0] else 0, per_chunk(8)):
         places_N = torch.arange(start, min(width, start + per_chunk(8)), device=x.device)
-        factors_N = mix(places_N + salt) | 1
-        for first in range(0, x.shape[0], together):
-            rows_bN = bits[first : first + together].reshape(-1, width)[:, start : start + factors_N.shape[0]]
-            total_B[first : first + together] += (rows_bN * factors_N).sum(1)
-    return mix(total_B)
+        factors_N = _odd(places_N, salt)
+        for first in range(0, x.shape[0], count):
+            rows_bN = bits[first : first + count].reshape(-1, width)[:, start : start + factors_N.shape[0]]
+            total_B[first : first + count] += (rows_bN * factors_N).sum(1)
+    return total_B
+
+
+def together(hashes_TB: Tensor) -> Tensor:
+    """Return one hash a row of the hashes of several tensors, int64 (T, B) -> (B,); each tensor was hashed with a salt of its own."""
+    return mix(hashes_TB).sum(0)
 
 
 def equal_rows(hashes_B: Tensor) -> Tensor:
@@ -66,6 +71,12 @@ def mix(value: Tensor) -> Tensor:
     value = (value ^ _shifted(value, 30)) * _FIRST
     value = (value ^ _shifted(value, 27)) * _SECOND
     return value ^ _shifted(value, 31)
+
+
+def _odd(places_N: Tensor, salt: int) -> Tensor:
+    """Return an odd number for each place, by a shorter mixing: half of splitmix64's."""
+    value_N = (places_N + salt) * _FIRST
+    return ((value_N ^ _shifted(value_N, 32)) * _SECOND) | 1
 
 
 def _shifted(value: Tensor, by: int) -> Tensor:

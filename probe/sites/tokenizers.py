@@ -31,8 +31,8 @@ def read_tokenizer(processors: Iterable[Any]) -> TokenizerFacts | None:
 
     Released tokenizers keep their own special tokens beyond the base vocabulary, too (Whisper's languages and timestamps, Llama's
     reserved tokens), and nothing in memory tells these from tokens that a script adds. What tells is what the tokenizer was loaded
-    from: transformers 5 keeps it, for 4.x its files are read again, from its folder or from the cache, never from the network. A
-    tokenizer that was made in memory has no such origin: nothing is known of what was added to it.
+    from: transformers 5 keeps it, for 4.x its files are read again, from its folder or from the cache, never from the network. Of a
+    tokenizer that was made in memory, special tokens belong to how it was made, and the others were added.
     """
     for processor in processors:
         tokenizer = getattr(processor, "tokenizer", processor)
@@ -52,11 +52,15 @@ def _vocabulary(tokenizer: Any) -> Mapping[str, int]:
 
 
 def _added(tokenizer: Any) -> tuple[int, ...] | None:
-    known, beyond = _loaded_with(tokenizer), getattr(tokenizer, "get_added_vocab", None)
-    base = getattr(tokenizer, "vocab_size", None)
-    if known is None or not callable(beyond) or not isinstance(base, int):
+    beyond, base = getattr(tokenizer, "added_tokens_decoder", None), getattr(tokenizer, "vocab_size", None)
+    if not isinstance(beyond, Mapping) or not isinstance(base, int):
         return None
-    return tuple(sorted(number for token, number in beyond().items() if number >= base and token not in known))
+    known = _loaded_with(tokenizer)
+    if known is None and getattr(tokenizer, "name_or_path", ""):
+        return None
+    if known is None:
+        known = {_content(token) for token in beyond.values() if getattr(token, "special", True)}
+    return tuple(sorted(number for number, token in beyond.items() if number >= base and _content(token) not in known))
 
 
 def _loaded_with(tokenizer: Any) -> set[str] | None:
@@ -67,8 +71,8 @@ def _loaded_with(tokenizer: Any) -> set[str] | None:
     origin = getattr(tokenizer, "name_or_path", "")
     for name in _FILES if isinstance(origin, str) and origin else ():
         found = _read(origin, name)
-        listed: Any = found.get("added_tokens_decoder") or found.get("added_tokens")
-        if listed:
+        listed: Any = found.get("added_tokens_decoder", found.get("added_tokens"))
+        if isinstance(listed, (Mapping, list)):
             return {_content(token) for token in (listed.values() if isinstance(listed, Mapping) else listed)}
     return None
 

@@ -15,7 +15,7 @@ from probe.capture.microbatch import MicroBatch
 from probe.capture.observer import Call, Watcher
 from probe.measure.code_agreement import COLUMNS as AGREEMENT
 from probe.measure.code_agreement import reference_agreement
-from probe.measure.fingerprint import LARGEST, equal_rows, fingerprint, hash_rows
+from probe.measure.fingerprint import LARGEST, equal_rows, fingerprint, hash_rows, together
 from probe.measure.label_checks import COLUMNS as LABEL_COLUMNS
 from probe.measure.label_checks import IGNORED, Beside, check_labels, common_prefix
 from probe.records import Site
@@ -81,17 +81,17 @@ class BatchChecker(Watcher):
         joined codes alone nothing can be said.
         """
         rows, features = samples_in(inputs), audio_features(inputs)
-        together: dict[str, Tensor] = {}
+        aligned: dict[str, Tensor] = {}
         apart: dict[str, Tensor] = {}
         for name, value in inputs.items():
             if isinstance(value, Tensor) and value.numel() and value.dim() and not name.endswith(_NO_CONTENT):
-                kind = together if value.shape[0] == rows else apart
+                kind = aligned if value.shape[0] == rows else apart
                 kind[name] = hash_rows(value, salt=zlib.crc32(name.encode()))
         buffer.totals.add(ROWS.name, counts=(rows, 1))
-        if not together:
+        if not aligned:
             return
-        rows_B = torch.stack(list(together.values())).sum(0)
-        clips = None if features is None else {**together, **apart}.get(features[0])
+        rows_B = together(torch.stack(list(aligned.values())))
+        clips = None if features is None else {**aligned, **apart}.get(features[0])
         equal_clips = torch.zeros_like(rows_B[0]) if clips is None else equal_rows(clips)
         hidden = features is None and any(name in apart for name, _, _ in audio_codes(inputs, codebooks=self._facts.codebooks))
         equal = torch.zeros_like(equal_clips) if hidden else equal_rows(rows_B)
