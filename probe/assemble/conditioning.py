@@ -8,6 +8,7 @@ from probe.assemble.draft import Draft, ratio
 from probe.assemble.gradients import why_no_activation_gradient
 from probe.assemble.inputs import audio_codes, placeholder_counts
 from probe.capture.observers.branches import branch_cell
+from probe.capture.observers.gradients import LOSS_SCALE
 from probe.capture.observers.loss import CELL as LOSS
 from probe.records import ActivationGradient, Branches, Conditioning, Optimisation, SiteStatistics
 from probe.sites.batch import AUDIO_CODES
@@ -104,4 +105,5 @@ def optimisation(draft: Draft) -> Optimisation:
     loss = draft.measure("probe/loss", total, why)
     rates = tuple(draft.host.facts.get("learning_rates", ()))
     draft.measure("probe/learning_rate", rates[0] if rates else None, "the optimizer's learning rates are not known on the host")
-    return Optimisation(loss, rates, draft.metrics.get("probe/grad/norm"))
+    scale = draft.host.local.get(LOSS_SCALE)
+    return Optimisation(loss, rates, draft.metrics.get("probe/grad/norm"), None if scale is None else float(scale))

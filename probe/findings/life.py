@@ -63,8 +63,9 @@ class Life:
         self._records.append(record)
         history = History(self.setup, tuple(self._records))
         events = [event for rule in self.rules for event in self._apply(rule, history)]
-        found = sorted((known.finding for known in self._open.values()), key=lambda f: (SEVERITIES.index(f.severity), f.since_step))
-        return Judgement(tuple(events), tuple(found))
+        found = tuple(sorted((known.finding for known in self._open.values()), key=lambda f: (SEVERITIES.index(f.severity), f.since_step)))
+        self._records[-1] = replace(record, findings=found)  # rules may look at what was open before
+        return Judgement(tuple(events), found)
 
     def _apply(self, rule: Rule, history: History) -> list[Finding]:
         symptoms = self._ask(rule, history)

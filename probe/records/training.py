@@ -93,9 +93,11 @@ class Optimisation:
 
     ``loss`` is what ``training_step`` returned, summed over the micro-batches and averaged over ranks. It is the number that was
     backpropagated, except in transformers 4.46, which with accumulation k returns a k-th of it. ``gradient_norm`` is before
-    clipping, over all parameters that train.
+    clipping, over all parameters that train. ``loss_scale`` is the factor of fp16 training by which the backpropagated loss was
+    multiplied (loss and gradients stand here without it); ``None`` without.
     """
 
     loss: float | None = None
     learning_rates: tuple[float, ...] = ()
     gradient_norm: float | None = None
+    loss_scale: float | None = None
