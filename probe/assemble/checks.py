@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from probe.assemble.draft import Draft
 from probe.capture.observers.audio_checks import CLIPS, FRAMES, MEL_BINS
-from probe.capture.observers.batch_checks import AUDIO_LABELS, FINGERPRINT, IDS, LABELS, REFERENCE, ROWS
+from probe.capture.observers.batch_checks import AUDIO_LABELS, FINGERPRINT, IDS, LABELS, REFERENCE, ROWS, never_learnt
 from probe.records import AudioChecks, BatchChecks, LabelChecks
 from probe.sites.audio_inputs import every_frame_counts
 
@@ -49,7 +49,7 @@ def _labels(draft: Draft) -> LabelChecks | None:
         labelled=sums["labelled"],
         on_padding=sums["on_padding"] if masks else None,
         padding_runs=None if facts.padding_token is None else sums["padding_runs"],
-        on_placeholders=sums["on_placeholders"] if over_ids and facts.audio_placeholders and not facts.encoder_decoder else None,
+        on_placeholders=sums["on_placeholders"] if over_ids and never_learnt(facts, draft.run.sites.sites) else None,
         outside_vocabulary=None if facts.vocabulary is None else sums["outside_vocabulary"],
         compared=sums["compared"],
         same=sums["same"],

@@ -36,7 +36,8 @@ class AudioChecker(Watcher):
         projectors = [site.name for site in sites if site.role == "projector"]
         self._encoder = first_encoder(sites, modules)
         # What fills the placeholders; with several of them nobody knows which does.
-        self._last = next((found[0] for found in (projectors, encoders) if len(found) == 1), None) if encoders else None
+        last = projectors or encoders
+        self._last = last[0] if len(last) == 1 else None
         given = [token for name, token in facts.audio_tokens if stands_for_given(name)]
         takes = self._last is not None and not facts.encoder_decoder
         self._placeholders = (tuple(given) or facts.audio_placeholders) if takes else ()

@@ -51,9 +51,7 @@ class BatchChecker(Watcher):
         self._facts = facts
         self._roles = audio_roles(facts, sites)
         self._tokenizer = tokenizer
-        given = [token for name, token in facts.audio_tokens if stands_for_given(name)]
-        # Of a model that predicts audio, placeholders of the predicted audio may be learnt.
-        self._placeholders = tuple(given) if given or self._roles.predicts else facts.audio_placeholders
+        self._placeholders = never_learnt(facts, sites)
 
     def cells(self) -> Sequence[Cell]:
         """Return the cells of all checks."""
@@ -129,8 +127,7 @@ class BatchChecker(Watcher):
         if mask_BS is not None and leaves_out_padding(self._facts):
             labels_BS = labels_BS.masked_fill(mask_BS == 0, IGNORED)
         ids_BS = None if name == _SHIFTED else ids_BS
-        placeholders = () if self._facts.encoder_decoder else self._placeholders
-        beside = Beside(ids_BS, mask_BS, placeholders, self._facts.padding_token, self._facts.vocabulary)
+        beside = Beside(ids_BS, mask_BS, self._placeholders, self._facts.padding_token, self._facts.vocabulary)
         counts = (1, int(mask_BS is not None), int(ids_BS is not None))
         prefix = common_prefix(labels_BS).reshape(1)
         buffer.totals.add(LABELS.name, counts=counts, sums=check_labels(labels_BS, beside), maxima=prefix)
@@ -147,6 +144,18 @@ class BatchChecker(Watcher):
     def _only_audio(self) -> bool:
         """Tell whether the plain ``labels`` are labels of audio, because no head predicts text."""
         return "labels" in self._roles.labels
+
+
+def never_learnt(facts: ModelFacts, sites: Sequence[Site]) -> tuple[int, ...]:
+    """Return the placeholders at which no text label belongs: those of audio that the model is given.
+
+    Of a model that predicts audio, placeholders of the predicted audio may be learnt; where the config does not tell them apart, none
+    is returned. Nor is for an encoder-decoder, whose tokens stand for no audio.
+    """
+    if facts.encoder_decoder:
+        return ()
+    given = tuple(token for name, token in facts.audio_tokens if stands_for_given(name))
+    return given if given or audio_roles(facts, sites).predicts else facts.audio_placeholders
 
 
 def on_one_device(micro: MicroBatch) -> dict[str, Any]:
