@@ -50,6 +50,7 @@ def rows(*counts: int, size: int = 40, token: int = PLACE) -> Tensor:
         ((10, 5), (40, 40, 0), [0, 1, 1]),  # a clip of nothing comes last, and is nobody's but the last sample's
         ((0, 0), (36, 90), [0, 1]),
         ((0, 0), (36, 90, 10), [2, 3, 4]),  # nobody tells: no sample has these numbers
+        ((3, 2), (0, 0, 0), [0, 0, 0]),  # no frame is valid: anybody's
         ((20, 4, 6), (40, 40, 40), [0, 1, 2]),  # as many clips as samples, whatever else the placeholders stand for
         ((5, 31), (17, 26, 49, 51), [0, 1, 1, 1]),  # rounded by two strides of 2
     ],

@@ -127,6 +127,21 @@ def test_a_clip_without_any_donor_stays() -> None:
     assert torch.equal(done("swap", inputs)["input_features"], inputs["input_features"])
 
 
+@pytest.mark.parametrize("frames", [1, 40])
+def test_clips_without_content_stay(frames: int) -> None:
+    """Where no frame is valid there is nothing to swap and nothing to turn round."""
+    inputs = {"input_features": torch.randn(2, 5, frames), "feature_attention_mask": torch.zeros(2, frames)}
+    for what in ("swap", "reverse"):
+        assert torch.equal(done(what, inputs)["input_features"], inputs["input_features"])
+
+
+def test_features_of_more_dimensions_however_they_are_laid_out() -> None:
+    """All but the last dimension are rows of a clip; strides do not matter."""
+    features = torch.randn(20, 4, 3, 2, generator=torch.Generator().manual_seed(0)).permute(3, 2, 1, 0)
+    assert torch.equal(done("swap", {"input_features": features})["input_features"], features.flip(0))
+    assert torch.equal(done("reverse", {"input_features": features})["input_features"], features.flip(3))
+
+
 def test_clips_of_the_same_sample_are_no_donors() -> None:
     """A sample with two clips gets neither of them back: both come from another sample."""
     ids = torch.full((3, 9), WORD)
@@ -255,13 +270,21 @@ def test_silence_of_whispers_features(dtype: torch.dtype) -> None:
     assert torch.equal(new, torch.full_like(features, -1.5))
 
 
+def test_rounding_does_not_leave_whispers_range() -> None:
+    """In bfloat16 the floor may seem to be more than 2 below the maximum; that is no other extractor."""
+    peaks = torch.linspace(1.0, 1.4, 41).view(-1, 1, 1)
+    features = torch.cat([peaks, peaks - 1.0, peaks - 2.0], 2).bfloat16()
+    assert (features[..., 0].float() - features[..., 2].float() > 2.0).any()
+    assert (done("silence", {"input_features": features})["input_features"] == -1.5).all()
+
+
 def test_silence_of_other_features_is_the_clips_own_minimum() -> None:
     """One clip out of Whisper's range, below its floor or wider, tells that another extractor made them; zeros and NaN are passed over."""
-    features = torch.rand(3, 5, 40, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.5, 1.0, 3.0]).view(-1, 1, 1)
+    features = 0.5 * torch.rand(3, 5, 40, generator=torch.Generator().manual_seed(0)) + torch.tensor([0.5, 1.0, -0.4]).view(-1, 1, 1)
     features[:, 0, 0] = 0.0
     features[1, 2] = torch.nan
     wide, low = features.clone(), features.clone()
-    wide[2, 3, 3] = 6.1
+    wide[2, 3, 3] = 1.7
     low[2, 3, 3] = -1.6
     for other in (wide, low):
         expected = [other[clip][other[clip].isfinite() & (other[clip] != 0)].min() for clip in range(3)]

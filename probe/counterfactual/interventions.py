@@ -27,7 +27,7 @@ WHISPER_SILENCE = -1.5
 WHISPER_SPAN = 2.0
 """No value of a clip is further below its maximum: the 8 of the same formula, divided by 4."""
 _SILENCE = {"voxtral_realtime": -0.625}  # the maximum is fixed at 1.5 (``global_log_mel_max``), so the floor is (1.5 - 8 + 4) / 4
-_SLACK = 0.02  # bfloat16 has steps of 1/128 from 1 to 2: the two ends of the span may be off by one together
+_SLACK = 0.02  # bfloat16 has steps of 1/128 from 1 to 2, so both ends of the span together may be off by that
 
 
 @torch.no_grad()
@@ -109,8 +109,8 @@ def _silent_features(features: Tensor, facts: ModelFacts) -> Tensor:
     spans: list[Tensor] = []
     for clip in features:
         counts = clip.isfinite() & (clip != 0)
-        lows.append(torch.where(counts, clip, torch.inf).amin())
-        spans.append(torch.where(counts, clip, -torch.inf).amax() - lows[-1])
+        lows.append(torch.where(counts, clip, torch.inf).amin().float())
+        spans.append(torch.where(counts, clip, -torch.inf).amax().float() - lows[-1])
     low_C, span_C = torch.stack(lows), torch.stack(spans)
     of_whisper = (low_C >= WHISPER_SILENCE - _SLACK).all() & (span_C <= WHISPER_SPAN + _SLACK).all()
     own_C = torch.where(low_C.isinf(), 0.0, low_C)  # nothing but zeros: silent already
@@ -129,7 +129,7 @@ def _changed(content: Content, donor_C: Tensor | None) -> Tensor:
         rank_RT = (valid_RT.cumsum(-1) - 1).clamp(min=0)
         theirs_RT, there_RT = content.clip(own if donor_C is None else donor_C[clip : clip + 1])
         length_R1 = there_RT.sum(-1, keepdim=True).clamp(min=1)
-        wanted_RT = (length_R1 - 1 - rank_RT).clamp(min=0) if donor_C is None else rank_RT % length_R1
+        wanted_RT = length_R1 - 1 - rank_RT if donor_C is None else rank_RT % length_R1
         # The places of the content, in order: what is not content goes to the end, and is never asked for.
         place_RT = there_RT.logical_not().to(torch.uint8).argsort(dim=-1, stable=True).gather(-1, wanted_RT)
         picked_RT = theirs_RT.gather(-1, place_RT.expand_as(theirs_RT))
