@@ -63,6 +63,7 @@ def test_text_steps_of_a_model_that_could_hear() -> None:
     assert seen("encoder-not-called", *in_order(hears, *[text] * 7)) == []
     assert seen("encoder-not-called", *in_order(hears, *[text] * 8)) == [("warning", "encoder")]
     assert seen("encoder-not-called", *in_order(deaf, text, deaf)) == [("critical", "encoder")]
+    assert seen("encoder-not-called", *in_order(text, deaf)) == []
 
 
 def test_a_frozen_encoder() -> None:
@@ -95,6 +96,17 @@ def test_a_collapsed_encoder(code: str, what: str) -> None:
     assert seen(code, *repeated(2)) is None
     other = SiteStatistics("projector", "projector", 1, elements=100, rms=2.0, time_std=0.0, batch_std=0.0)
     assert seen(code, *in_order(*[encoded(statistics=(other,))] * 2)) is None
+
+
+def test_each_encoder_is_judged_by_itself() -> None:
+    """Of two encoders only the one that collapsed is named."""
+    well, ill = (
+        SiteStatistics(name, "audio_encoder", 1, elements=9, rms=1.0, time_std=spread) for name, spread in (("a", 0.5), ("b", 0.0))
+    )
+    assert seen("encoder-collapsed-over-time", *in_order(*[encoded(statistics=(well, ill))] * 2)) == [("critical", "b")]
+    unmeasured = SiteStatistics("c", "audio_encoder", 1)
+    for rows in ((ill, unmeasured), (unmeasured, ill)):
+        assert seen("encoder-collapsed-over-time", *in_order(*[encoded(statistics=rows)] * 2)) == [("critical", "b")]
 
 
 def test_clips_that_are_alike_do_not_collapse_an_encoder() -> None:
@@ -185,8 +197,8 @@ def test_a_projector_that_cannot_grow(part: Part) -> None:
 def test_a_projector_of_which_nothing_is_known() -> None:
     """Without its part it may grow."""
     assert seen("projector-dead", *in_order(*[projected(0.0, parts=())] * 2)) == []
-    some = Part("projector", 100, 1.0, 1, 0.1, tensors=2)
-    assert seen("projector-dead", *in_order(*[projected(0.0, parts=(some,))] * 2)) == []
+    for some in (Part("projector", 100, 1.0, 1, 0.1, tensors=2), Part("projector", 100, 1.0, 0, None, tensors=0)):
+        assert seen("projector-dead", *in_order(*[projected(0.0, parts=(some,))] * 2)) == []
 
 
 def verdict(use: Use) -> Verdict:
@@ -244,6 +256,8 @@ def test_audio_that_changes_nothing_at_all() -> None:
     assert seen("reference-ignored", *moved, setup=ENCODER_DECODER) == [("warning", "")]
     earlier = (passed(1, delta=0.1), *passes(**exactly))
     assert seen("reference-ignored", *earlier, setup=ENCODER_DECODER) == [("critical", "")]
+    between = (*passes(**exactly), record(16, verdict=verdict("ignored")))
+    assert seen("reference-ignored", *between, setup=ENCODER_DECODER) == [("critical", "")]
     unmeasured = [replace(each, counterfactual=Counterfactual(("x",))) for each in passes()]
     assert seen("reference-ignored", *unmeasured, setup=ENCODER_DECODER) == [("warning", "")]
 

@@ -38,6 +38,7 @@ def test_a_uniform_codebook() -> None:
     assert dead(*[books(GUESS, replace(GUESS, entropy=UNIFORM * (1 - 1.1e-6)), GUESS, GUESS)] * 3) == []
     assert dead(*[books(flat, flat, flat, flat)] * 3) == []
     assert dead(*[books(GUESS, replace(flat, labelled=15), GUESS, GUESS)] * 3) == []
+    assert dead(*[books(GUESS, replace(flat, labelled=16), GUESS, GUESS)] * 3) == [("warning", "audio_lm_head, codebook 1")]
     assert dead(*[books(GUESS, flat, GUESS, GUESS)] * 3) == [("warning", "audio_lm_head, codebook 1")]
     (symptom,) = judged("codebook-dead", *in_order(bad, bad, bad)) or ()
     assert symptom.evidence["codebook"] == 1
@@ -114,6 +115,7 @@ def test_a_head_that_is_sure_and_wrong() -> None:
     assert collapsed(*[STUCK] * 20, every=1) == []
     assert collapsed(*[STUCK] * 21, every=1) == [("warning", "lm_head")]
     assert collapsed(VARIED, STUCK, STUCK, STUCK) == [("warning", "lm_head")]
+    assert collapsed(*[replace(STUCK, entropy=2.9, labelled=16)] * 3) == [("warning", "lm_head")]
 
 
 @pytest.mark.parametrize(

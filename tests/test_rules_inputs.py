@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from judging import DECODER, in_order, judged, record, repeated, seen, with_labels
-from probe.records import BatchChecks, Head, Inputs, InputTensor
+from probe.records import BatchChecks, Head, Inputs, InputTensor, Setup
 
 pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
 
@@ -48,6 +49,24 @@ def test_ids_below_zero_alone_are_marks() -> None:
     assert seen("ids-out-of-range", record(inputs=ids(5, -200, 287)), setup=DECODER) == [("critical", "")]  # how many rows is not known
     nothing = Inputs(1, 2, tensors=(InputTensor("input_ids", (2, 8), "torch.int64", "cpu"),), ids_outside_vocabulary=5)
     assert seen("ids-out-of-range", record(inputs=nothing, heads=(text_head(),)), setup=DECODER) == [("critical", "")]
+
+
+def test_whose_rows_are_counted() -> None:
+    """Of the text head, and of the ids: an audio head, a head of unknown shape, or another input with negative values do not count."""
+    audio, unknown = Head("audio_lm_head", "audio", 1, shape=(9, 4000)), Head("lm_head", "text", 1)
+    too_large = ids(5, -200, 300)
+    other = replace(too_large, tensors=(InputTensor("position_ids", (2, 8), "torch.int64", "cpu", -1, 7), *too_large.tensors))
+    for heads in ((audio, text_head()), (unknown, text_head())):
+        assert seen("ids-out-of-range", record(inputs=too_large, heads=heads), setup=DECODER) == [("critical", "")]
+        outside = record(**with_labels(outside_vocabulary=2), heads=heads)
+        assert seen("ids-out-of-range", outside, setup=DECODER) == [("critical", "")]
+    assert seen("ids-out-of-range", record(inputs=other, heads=(text_head(),)), setup=DECODER) == [("critical", "")]
+    positive = record(inputs=ids(5, 0, 287), heads=(text_head(),))  # what was shown was of another micro-batch
+    assert seen("ids-out-of-range", positive, setup=DECODER) == [("critical", "")]
+    unnamed = record(**with_labels(outside_vocabulary=2), heads=(text_head(),))
+    assert seen("ids-out-of-range", unnamed, setup=Setup()) == [("critical", "")]
+    bare = replace(too_large, tensors=())
+    assert seen("ids-out-of-range", record(inputs=bare, heads=(text_head(),)), setup=DECODER) == [("critical", "")]
 
 
 def test_ids_outside_the_tokenizer() -> None:

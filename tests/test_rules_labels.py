@@ -31,6 +31,8 @@ def test_all_masked() -> None:
     assert seen("labels-all-masked", record(checks=BatchChecks(4, labels=LabelChecks(0), audio_labels=3))) == []
     scored = Head("audio_lm_head", "audio", 1, accuracy=Accuracy(5))
     assert seen("labels-all-masked", record(**with_labels(labelled=0), heads=(scored,))) == []
+    unscored = Head("lm_head", "text", 1)
+    assert seen("labels-all-masked", record(**with_labels(labelled=0), heads=(unscored,))) == [("critical", "")]
     assert seen("labels-all-masked", record(checks=BatchChecks(4, audio_labels=0))) is None
     assert seen("labels-all-masked", record()) is None
 
@@ -128,6 +130,14 @@ def test_labels_that_nobody_shifts() -> None:
         assert seen("labels-shifted", related(following=40, heads=(head,), loss_audit=None), setup=DECODER) is None
 
 
+def test_whose_alignment_is_asked() -> None:
+    """The text head's: an audio head, or a head that says nothing, does not tell how text labels lie."""
+    for other in (Head("a", "audio", 1, alignment="not shifted"), Head("b", "text", 1)):
+        assert seen("labels-shifted", related(following=40, heads=(other, SHIFTED)), setup=DECODER) == [("critical", "")]
+        bare = Head("lm_head", "text", 1, alignment="not shifted")
+        assert seen("labels-shifted", related(following=40, heads=(other, bare)), setup=DECODER) == []
+
+
 def test_a_shift_without_an_audit_is_a_warning() -> None:
     """Where no audit confirms how the model shifts, it may take its labels as they come."""
     assert seen("labels-shifted", related(following=40, loss_audit=None), setup=DECODER) == [("warning", "")]
@@ -152,6 +162,7 @@ def test_a_shift_that_only_the_audit_sees() -> None:
 def test_nothing_to_compare() -> None:
     """Without label checks and audit, or with too few labels and no audit, nothing is said."""
     assert seen("labels-shifted", record(), setup=DECODER) is None
-    assert seen("labels-shifted", related(same=3, compared=3, loss_audit=None), setup=DECODER) is None
+    assert seen("labels-shifted", related(same=15, compared=15, loss_audit=None), setup=DECODER) is None
+    assert seen("labels-shifted", related(same=16, compared=16, loss_audit=None), setup=DECODER) == []
     assert seen("labels-shifted", related(same=40, loss_audit=None), setup=DECODER) == []
     assert seen("labels-shifted", *repeated(2, loss_audit=AUDIT), setup=DECODER) == []
