@@ -143,7 +143,7 @@ def _measured(draft: Draft, row: Part, *, skipped: bool) -> Part:
     unread = _NOT_FINITE if row.nonfinite else none or blind or _INCOMPLETE
     draft.measure(f"{area}/norm", row.gradient_norm, unread)
     draft.measure(f"{area}/clipped_norm", row.clipped_norm, unread if row.gradient_norm is None else blind or _NO_UPDATE)
-    sampled = draft.host.reasons.get(UPDATES) or draft.blind.get("updates") or none
+    sampled = none or draft.host.reasons.get(UPDATES) or draft.blind.get("updates")
     draft.measure(f"{area}/zero_share", row.zero_share, sampled or _INCOMPLETE)
     moved = _SKIPPED if skipped else sampled or _NO_UPDATE
     draft.measure(f"{area}/update_ratio", row.update_ratio, "its sampled weights are all 0" if row.weight_rms == 0 else moved)
