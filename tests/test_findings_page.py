@@ -31,13 +31,13 @@ def test_the_command_prints_the_page() -> None:
 
 
 def test_codes_are_unique_and_every_rule_is_filled() -> None:
-    """Each finding is there once, named in words joined by hyphens, with meaning, advice and the reason of its bound."""
+    """Each finding is there once, named in words joined by hyphens, with meaning, advice and, where it has a bound, the reason."""
     codes = [rule.code for rule in RULES]
     assert len(set(codes)) == len(codes)
     for rule in RULES:
         assert re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)*", rule.code)
-        for text in (rule.meaning, rule.advice, rule.threshold):
-            assert text.endswith((".", "?")), rule.code
+        for text in (rule.meaning, rule.advice, rule.threshold or "Nothing to choose."):
+            assert text.endswith((".", "?", ")")), rule.code
 
 
 def test_every_finding_has_its_anchor() -> None:

@@ -49,6 +49,9 @@ def test_the_vocabulary_of_a_codebook() -> None:
     flat = replace(GUESS, entropy=UNIFORM)
     assert dead(*[books(FINE, flat, FINE, shape=(9, 3, V))] * 3) == [("warning", "audio_lm_head, codebook 1")]
     assert dead(*[books(FINE, flat, FINE, shape=(9, 3 * V))] * 3) == [("warning", "audio_lm_head, codebook 1")]
+    assert dead(*[books(FINE, flat, FINE, shape=(3 * V,))] * 3) == [("warning", "audio_lm_head, codebook 1")]
+    assert dead(*[books(FINE, flat, FINE, shape=(9, 3, 3 * V))] * 3) == []
+    assert dead(*[books(FINE, replace(FINE, entropy=0.99 * UNIFORM), FINE, shape=(9, 3, V))] * 3) == []
     assert dead(*[books(FINE, flat, FINE, shape=())] * 3) == []
     assert dead(*[books(FINE, flat, FINE, shape=(9, 3))] * 3) == []
 

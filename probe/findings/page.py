@@ -10,6 +10,7 @@ _GROUPS = {
     "setup": "Setup",
     "modes": "Modes",
     "gradients": "Gradients",
+    "gradient_size": "Gradients",
     "updates": "Updates",
     "loss": "Loss",
     "activations": "Activations",

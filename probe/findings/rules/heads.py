@@ -83,8 +83,10 @@ def _books(record: StepRecord, site: str) -> tuple[tuple[Accuracy, ...], int] | 
     if head is None or len(head.codebooks) < 2 or not head.shape or not any(each.loss is not None for each in head.codebooks):
         return None
     width, books = head.shape[-1], len(head.codebooks)
-    beside = len(head.shape) > 1 and head.shape[-2] == books and width % books  # (..., K, V) and not (..., K * V)
-    vocabulary = width if beside else width // books
+    apart = (
+        len(head.shape) > 1 and head.shape[-2] == books
+    )  # (..., K, V); as many rows by chance are taken for it, which misses a step at worst
+    vocabulary = width if apart else width // books
     return (head.codebooks, vocabulary) if vocabulary > 1 else None
 
 
