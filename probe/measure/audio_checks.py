@@ -37,7 +37,7 @@ class LogMelScale:
     """What the extractor of a model can give.
 
     Attributes:
-        highest: Largest value of audio within [-1, 1].
+        highest: Largest value.
         upper_bin: First mel bin that lies wholly above ``BAND_EDGE_HZ``; ``None`` if there is none.
     """
 

@@ -22,9 +22,9 @@ Kind = Literal["log-mel", "waveform"]
 _WAVEFORMS = ("input_values", "audio_values", "speech")
 # A full-scale signal of any shape in 400 samples under a Hann window holds at most 200 * 150 in power on one side of its spectrum
 # (Parseval; 150 is the window's sum of squares), and no filter of up to 128 bins weighs more than 0.042: (log10(1251) + 4) / 4 = 1.774.
-_FULL_SCALE = 1.8
-# With do_normalize=True the waveform is brought to unit variance first. Speech may then come out up to 0.35 higher (measured).
-_UNIT_VARIANCE = 2.2
+# Called with do_normalize=True, of which the extractor keeps no trace, it brings the waveform to unit variance first. Speech may then come
+# out some 0.35 higher (measured). 16-bit integers taken for floats come out 2.26 higher.
+_HIGHEST = 2.2
 _MOST_BINS = 128
 # Two convolutions, the second of stride 2, then pooling by 2: see ``_get_feat_extract_output_lengths`` of these models.
 _BY_MASK = {
@@ -90,8 +90,7 @@ def log_mel_scale(encoder: nn.Module | None, processors: Iterable[Any]) -> LogMe
         known = "WhisperFeatureExtractor" in names and getattr(extractor, "sampling_rate", 0) == 16_000
     if not known or bins is None or bins > _MOST_BINS:
         return None
-    as_it_is = extractor is not None and getattr(extractor, "do_normalize", True) is False
-    return LogMelScale(_FULL_SCALE if as_it_is else _UNIT_VARIANCE, first_bin_above(bins))
+    return LogMelScale(_HIGHEST, first_bin_above(bins))
 
 
 def frames_by_mask(inputs: Mapping[str, Any], model_type: str) -> Tensor | None:
