@@ -2,11 +2,13 @@
 #
 #   make demo         train a small Whisper on speech with one line added; show what probe shows
 #   make test         run the tests with the newest supported transformers
+#   make test-all     run the tests that take minutes, too
 #   make test-matrix  run the tests with the newest, the last 4.x and the oldest supported transformers
 #   make test-oldest  run the tests with the oldest one only
 #   make check        lint, format, types, the documentation and its examples
 #   make format       put the source into the format that "make check" asks for
 #   make exactness    measure attention, heads and loss audit against independent references; writes docs/exactness.md
+#   make verdicts     train the example voice cloner and broken variants of it over five seeds; writes docs/verdicts-table.md
 #   make clean        remove what these commands made
 #
 # Variables:
@@ -25,7 +27,7 @@ DEMO_OUTPUT := demo-output
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-matrix test-middle test-oldest check lint types docs format exactness clean
+.PHONY: demo test test-all test-matrix test-middle test-oldest check lint types docs format exactness verdicts clean
 
 demo: .venv/.demo
 	rm -rf $(DEMO_OUTPUT)
@@ -34,6 +36,9 @@ demo: .venv/.demo
 
 test: .venv/.dev
 	$(TEST_ENV) .venv/bin/python -m pytest $(PYTEST_FLAGS)
+
+test-all: .venv/.dev
+	$(TEST_ENV) .venv/bin/python -m pytest $(PYTEST_FLAGS) --slow
 
 test-middle: .venv-middle/.test
 	$(TEST_ENV) .venv-middle/bin/python -m pytest $(PYTEST_FLAGS)
@@ -68,6 +73,9 @@ endif
 
 exactness: .venv/.dev
 	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.exactness
+
+verdicts: .venv/.dev
+	OMP_NUM_THREADS=1 PYTHONPATH=.:docs/examples HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.verdicts
 
 clean:
 	rm -rf .venv .venv-middle .venv-oldest $(DEMO_OUTPUT) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache trainer_probe.egg-info

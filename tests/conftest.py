@@ -30,6 +30,19 @@ def pytest_configure(config: pytest.Config) -> None:
             config.addinivalue_line("filterwarnings", f"ignore::{category}:{package}")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Offer ``--slow``: tests that train for minutes run only if they are asked for, whatever ``-m`` selects."""
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Take out the slow tests unless they are asked for."""
+    if not config.getoption("--slow"):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Keep what imports left out of garbage collection: accelerate collects in every ``train()``, which took half of a short run."""
     gc.collect()

@@ -115,7 +115,7 @@ def test_matching_codes_are_a_leak() -> None:
 
 def test_fewer_than_three_passes_give_a_reason() -> None:
     """No verdict before three passes; without any, the reason is the record's own."""
-    assert "2 counterfactual passes" in str(pooled_verdict(late(swap=0.4, silence=1.0)[:2]))
+    assert "so far: 2" in str(pooled_verdict(late(swap=0.4, silence=1.0)[:2]))
     assert pooled_verdict([whisper_record(5, not_measured={"counterfactual": "no condition found"})]) == "no condition found"
     assert isinstance(pooled_verdict([]), str)
     unmeasured = passes(1, 2, 3)

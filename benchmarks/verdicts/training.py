@@ -18,17 +18,16 @@ from probe.records import StepRecord, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long and on what: speakers and texts of the data, optimizer steps, and how often the probe looks."""
+    """Speakers and texts of the data, optimizer steps, how often the probe looks and how often it changes the audio."""
 
     speakers: int = 48
     texts: int = 12
     steps: int = 400
     every: int = 20
+    counterfactual_every: int | None = None
 
 
 FULL = Plan()
-QUICK = Plan(speakers=24, texts=8, steps=300, every=20)
-"""For CI: half a minute a variant on one core."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ def train(name: str, seed: int, folder: Path, plan: Plan = FULL) -> Outcome:
     set_seed(seed)
     model = variant.model(VoiceClonerConfig())
     data = variant.data(clips)
-    settings = probe.Settings(terminal=False)
+    settings = probe.Settings(terminal=False, counterfactual_every=plan.counterfactual_every)
     with probe.attach(model, every=plan.every, settings=settings):
         trainer = cloning_trainer(
             model,

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from clone_voice import IGNORED, CloningCollator, CloningDataset, VoiceCloner
 
 SAMPLES = 128
+"""At most."""
 SILENCE = -1.5
 """What Whisper's feature extractor gives for a clip of zeros."""
 
@@ -31,7 +32,8 @@ class Truth:
 
 def measure(model: VoiceCloner, data: CloningDataset, collator: CloningCollator, *, seed: int) -> Truth | None:
     """Return what the reference does, in float64 from full logits; the model is left in evaluation mode."""
-    drawn = np.random.default_rng([seed, 11]).choice(len(data), SAMPLES, replace=False)
+    samples = min(SAMPLES, len(data))
+    drawn = np.random.default_rng([seed, 11]).choice(len(data), samples, replace=False)
     batch = collator([data[index] for index in drawn])
     features = batch.pop("input_features", None)
     if features is None:
@@ -41,7 +43,7 @@ def measure(model: VoiceCloner, data: CloningDataset, collator: CloningCollator,
     swap_B = _loss(model, batch, torch.cat([features[1:], features[:1]])) - own_B
     silence_B = _loss(model, batch, torch.full_like(features, SILENCE)) - own_B
     reverse_B = _loss(model, batch, features.flip(-1)) - own_B
-    error = swap_B.std().item() / SAMPLES**0.5
+    error = swap_B.std().item() / samples**0.5
     return Truth(swap_B.mean().item(), error, silence_B.mean().item(), reverse_B.mean().item())
 
 

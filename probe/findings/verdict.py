@@ -75,7 +75,7 @@ def pooled_verdict(records: Sequence[StepRecord]) -> Verdict | str:
     passes = _newest_passes(records)
     if len(passes) < LEAST_PASSES:
         reason = records[-1].not_measured.get("counterfactual", "") if records and not passes else ""
-        return reason or f"{len(passes)} counterfactual passes so far, a verdict takes {LEAST_PASSES}"
+        return reason or f"counterfactual passes so far: {len(passes)}, and a verdict takes {LEAST_PASSES}"
     effects = {name: pooled for name in _INTERVENTIONS if (pooled := _pooled(passes, name, modality)) is not None}
     if not effects:
         return f"no intervention was measured on {modality} tokens in {LEAST_PASSES} passes"
