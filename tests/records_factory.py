@@ -28,6 +28,17 @@ NO_PROJECTOR = "no projector: the encoder's output goes straight into the cross-
 NO_BRANCHES = "no layer has separate feed-forward branches for text and audio"
 
 
+_MOVED: dict[str, Any] = {
+    "clipped_norm": 0.25,
+    "sampled": 5_000,
+    "zero_share": 0.125,
+    "update_ratio": 2e-3,
+    "unchanged_share": 0.0,
+    "weight_rms": 0.04,
+    "dtype": "float32",
+}
+
+
 def whisper_record(step: int = 100, **changes: Any) -> StepRecord:
     """A step of ``WhisperForConditionalGeneration``: encoder, decoder and cross-attention, one text head."""
     kinds = (("encoder", "model.encoder.layers.{}.self_attn"), ("decoder", "model.decoder.layers.{}.self_attn"))
@@ -83,9 +94,9 @@ def whisper_record(step: int = 100, **changes: Any) -> StepRecord:
         heads=(_text_head("proj_out", 37),),
         attention=(*layers, *cross),
         parts=(
-            Part("audio_encoder", 8_208_384, 1.0, 0, 0.0412),
-            Part("lm_head", 19_915_776, 1.0, 0, 1.87),
-            Part("rest", 29_550_000, 0.93, 3, 2.61),
+            Part("audio_encoder", 8_208_384, 1.0, 0, 0.0412, 67, **_MOVED),
+            Part("lm_head", 19_915_776, 1.0, 0, 1.87, 1, **_MOVED),
+            Part("rest", 29_550_000, 0.93, 3, 2.61, 98, **_MOVED),
         ),
         conditioning=Conditioning("model.encoder", 2, 0, 0.00132),
         optimisation=Optimisation(4.5871, (1e-5, 1e-5), 3.2151),
@@ -156,9 +167,9 @@ def speech_record(step: int = 1, **changes: Any) -> StepRecord:
         attention=tuple(_layer(name, "joint", index) for index, name in enumerate(names)),
         branches=tuple(Branches(f"model.base.layers.{index}", 344, 1_280) for index in range(32)),
         parts=(
-            Part("audio_encoder", 636_000_000, 0.0, 0, None),
-            Part("projector", 7_900_000, 1.0, 0, 0.4),
-            Part("rest", 3_600_000_000, 1.0, 0, 12.25),
+            Part("audio_encoder", 636_000_000, 0.0),
+            Part("projector", 7_900_000, 1.0, 0, 0.4, 2, **_MOVED),
+            Part("rest", 3_600_000_000, 1.0, 0, 12.25, 400, **_MOVED),
         ),
         conditioning=Conditioning("model.audio_tower", 2, 0, 0.21, 6_400, (("audio_in_token_id", 1_500), ("audio_out_token_id", 812))),
         optimisation=Optimisation(31.25, (2e-4,), 12.26),

@@ -282,7 +282,7 @@ def test_verification_shows_the_encoder_as_measured() -> None:
     assert fact(section, "Learning rate").value == "1e-05 (2 parameter groups)"
     assert fact(section, "Gradient norm").value == "3.215 before clipping"
     assert fact(section, "projector").value == f"not measured: {NO_PROJECTOR}"
-    assert table(section, "What trains").rows[2] == ("rest", "29.6 M", "93.0 %", "2.61", "3")
+    assert table(section, "What trains").rows[2] == ("rest", "29.6 M", "93.0 %", "2.61", "0.25", "0.002", "12.5 %", "3 of 98")
 
 
 def test_verification_shows_conditioning() -> None:

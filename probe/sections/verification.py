@@ -6,6 +6,7 @@ from probe.records import Conditioning, Part, SiteStatistics, StepRecord
 from probe.sections.blocks import Block, Column, Fact, Facts, Note, Section, Table
 from probe.sections.conditioning import conditioning_blocks
 from probe.sections.findings import open_findings
+from probe.sections.gradients import gradient_blocks, gradient_flow
 from probe.sections.numbers import MISSING, counted, dtype, interval, number, scaled, shape, share
 from probe.sections.reasons import VERIFICATION, Reasons
 
@@ -26,10 +27,7 @@ def section(record: StepRecord) -> Section:
     blocks += conditioning_blocks(record, reasons)
     facts = (*_encoder(record, encoder, reasons), *_conditioning(record.conditioning, reasons), *_optimisation(record, reasons))
     blocks.append(Facts(facts))
-    if record.parts:
-        blocks.append(_parts(record.parts))
-    else:
-        blocks.append(Facts((Fact("Parts", reasons.missing("parts", "grad", "probe/grad"), "missing"),)))
+    blocks += gradient_blocks(record, reasons)
     shown = tuple(row for row in record.statistics if row.role in _ROLES)
     if shown:
         blocks.append(_statistics(shown))
@@ -112,39 +110,10 @@ def _optimisation(record: StepRecord, reasons: Reasons) -> list[Fact]:
     distinct = list(dict.fromkeys(rates))
     groups = f" ({counted(len(rates), 'parameter group')})" if len(rates) > 1 else ""
     words = f"{', '.join(map(number, distinct))}{groups}" if rates else None
-    norm = None if optimisation is None else optimisation.gradient_norm
     return [
         reasons.fact("Learning rate", words, "probe/learning_rate", "optimisation/learning_rates", "optimisation"),
-        reasons.fact(
-            "Gradient norm",
-            None if norm is None else f"{number(norm)} before clipping",
-            "probe/grad/norm",
-            "optimisation/gradient_norm",
-            "optimisation",
-            "grad",
-        ),
+        *gradient_flow(record, reasons),
     ]
-
-
-def _parts(parts: tuple[Part, ...]) -> Table:
-    columns = (
-        Column("part"),
-        Column("parameters", True),
-        Column("train", True),
-        Column("gradient norm", True),
-        Column("tensors without gradient", True),
-    )
-    rows = tuple(
-        (
-            part.name,
-            scaled(part.parameters),
-            share(part.trainable_share),
-            number(part.gradient_norm),
-            MISSING if part.without_gradient is None else f"{part.without_gradient:,}",
-        )
-        for part in parts
-    )
-    return Table("What trains, and the gradient before clipping", columns, rows)
 
 
 def _statistics(statistics: tuple[SiteStatistics, ...]) -> Table:
