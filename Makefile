@@ -9,6 +9,7 @@
 #   make format       put the source into the format that "make check" asks for
 #   make exactness    measure attention, heads and loss audit against independent references; writes docs/exactness.md
 #   make verdicts     train the example voice cloner and broken variants of it over five seeds; writes docs/verdicts-table.md
+#   make faults       break trainings on purpose, and see what the findings say; writes docs/faults.md
 #   make clean        remove what these commands made
 #
 # Variables:
@@ -76,6 +77,9 @@ exactness: .venv/.dev
 
 verdicts: .venv/.dev
 	OMP_NUM_THREADS=1 PYTHONPATH=.:docs/examples HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.verdicts
+
+faults: .venv/.dev
+	PYTHONPATH=.:tests OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.faults
 
 clean:
 	rm -rf .venv .venv-middle .venv-oldest $(DEMO_OUTPUT) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache trainer_probe.egg-info

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
-from benchmarks.faults.areas.setup import HIGGS, LLAMA, ORIGINAL, QWEN, VOXTRAL, WHISPER, with_lora, with_lora_everywhere
 from benchmarks.faults.areas.audio import MOONSHINE
+from benchmarks.faults.areas.setup import HIGGS, LLAMA, ORIGINAL, QWEN, VOXTRAL, WHISPER, with_lora, with_lora_everywhere
 from benchmarks.faults.training import Fields, Training, of
 from models.tokens import encode
 

@@ -39,6 +39,7 @@ class Training:
         models: Changes of the model before the Trainer is built; what one returns, if anything, takes the model's place.
         trainers: Changes of the Trainer before it trains.
         collate: Instead of the case's own collator.
+        onset: The step after which it is broken.
     """
 
     case: Case
@@ -58,6 +59,7 @@ class Training:
     models: list[Callable[[nn.Module], nn.Module | None]] = field(default_factory=list)
     trainers: list[Callable[[Trainer], None]] = field(default_factory=list)
     collate: Callable[[Sequence[Any]], Any] | None = None
+    onset: int = 0
 
     @property
     def labels(self) -> str:

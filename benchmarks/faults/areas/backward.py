@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -171,13 +172,19 @@ def gradient_of_root_at_zero(training: Training) -> None:
 class At(TrainerCallback):
     """Does something to the model at the beginning of one step."""
 
-    def __init__(self, step: int, change: Any) -> None:
+    def __init__(self, step: int, change: Callable[[dict[str, Any]], None]) -> None:
         self.step, self.change = step, change
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do it."""
         if state.global_step == self.step:
             self.change(kwargs)
+
+
+def later(training: Training, step: int, change: Callable[[dict[str, Any]], None]) -> None:
+    """Have ``change`` called with what a callback gets after ``step`` steps."""
+    training.onset = step
+    training.trainers.append(lambda trainer: trainer.add_callback(At(step, change)))
 
 
 def loss_weight_jumps(training: Training) -> None:
@@ -188,7 +195,7 @@ def loss_weight_jumps(training: Training) -> None:
     def jump(kwargs: dict[str, Any]) -> None:
         mixin.weight = 1e5
 
-    training.trainers.append(lambda trainer: trainer.add_callback(At(14, jump)))
+    later(training, 14, jump)
 
 
 def gradient_clipped_away(training: Training) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.faults.areas.backward import At, Weighted
+from benchmarks.faults.areas.backward import Weighted, later
 from benchmarks.faults.areas.setup import HIGGS, LLAMA, ORIGINAL, QWEN, VOXTRAL, WHISPER
 from benchmarks.faults.fault import Kind, kind
 from benchmarks.faults.training import Training, of
@@ -126,8 +126,7 @@ def _scale_layer(model: nn.Module, layer: str, factor: float) -> None:
 def layer_explodes(training: Training) -> None:
     """After 14 steps the values and outputs of one attention layer are 1,000 times too large (an averaging of weights gone wrong)."""
     layer = next(iter(training.case.attention.values()))[-1]
-    change = lambda kwargs: _scale_layer(kwargs["model"], layer, 1e3)  # noqa: E731
-    training.trainers.append(lambda trainer: trainer.add_callback(At(14, change)))
+    later(training, 14, lambda kwargs: _scale_layer(kwargs["model"], layer, 1e3))
 
 
 def learning_rate_jumps(training: Training) -> None:
@@ -138,7 +137,7 @@ def learning_rate_jumps(training: Training) -> None:
             group["lr"] = 3.0
         kwargs["lr_scheduler"].base_lrs = [3.0 for _ in kwargs["lr_scheduler"].base_lrs]
 
-    training.trainers.append(lambda trainer: trainer.add_callback(At(14, jump)))
+    later(training, 14, jump)
 
 
 def layer_vanishes(training: Training) -> None:
