@@ -13,7 +13,7 @@ ABSENT, ZERO = 2, 3
 """Records in a row without any gradient (the graph does not lead there), and with one that is exactly 0 (a gate that begins at 0 opens)."""
 
 FLICKERING = 8
-"""Records in a row that it takes for single layers where layers come and go (layerdrop): 1 in 10⁸ at a rate of 0.1."""
+"""Records in a row that it takes for single layers where not always the same ones lack a gradient, as with experts that are chosen."""
 
 _CRITICAL = ("audio_encoder", "projector", "lm_head", "text_branch", "audio_branch")
 _ON_AUDIO = ("audio_encoder", "projector", "audio_branch")
@@ -102,15 +102,21 @@ def _cut_off(history: History, part: Part) -> Symptom | None:
 
 
 def _cut_layers(record: StepRecord) -> frozenset[str] | None:
-    """Return the layers that train and have no gradient; ``None`` if there are none to judge, or the audio side had nothing to do."""
+    """Return the layers that ran and have no gradient; ``None`` if there are none to judge, or the audio side had nothing to do."""
     layers = [row for row in record.layers if row.tensors]
     if not layers or any(row.without_gradient is None for row in layers) or _without_audio(record):
         return None
-    return frozenset(row.name for row in layers if row.without_gradient == row.tensors)
+    return frozenset(row.name for row in layers if row.without_gradient == row.tensors and _ran(record, row.name))
+
+
+def _ran(record: StepRecord, layer: str) -> bool:
+    """Tell whether a layer was run, as far as its sites tell: layerdrop leaves layers out."""
+    calls = [row.calls for row in record.statistics if row.site == layer or row.site.startswith(f"{layer}.")]
+    return any(calls) or not calls
 
 
 def _layers(history: History) -> list[Symptom]:
-    """Return one symptom for all layers that are cut off: always the same ones, or for long where layers come and go."""
+    """Return one symptom for all layers that are cut off: always the same ones, or for long where they change."""
     known = [cut for record in history.records if (cut := _cut_layers(record)) is not None]
     names = {part.name for part in history.last.parts}
     if _cut_layers(history.last) is None or len(known) < ZERO:
@@ -153,8 +159,8 @@ RULES: tuple[Rule, ...] = (
         advice="Look for .detach(), torch.no_grad() or .item() between this part and the loss; with reentrant checkpointing call "
         "model.enable_input_require_grads(). If the part is not to train, freeze it.",
         threshold="No tensor of the part has a gradient in 2 sampled steps in a row, or it is exactly 0 in 3 (gates that begin at 0 open "
-        "after one update); steps without audio do not count for what serves audio. Single layers: always the same ones in 3, or in 8 in a "
-        "row where layers come and go (layerdrop).",
+        "after one update); steps without audio do not count for what serves audio. Layers that were run: always the same ones in 3, "
+        "or in 8 in a row where they change.",
         check=part_without_gradient,
     ),
 )
