@@ -71,8 +71,9 @@ def test_few_keys_say_nothing(code: str) -> None:
     assert three(code, replace(bad, keys=7), OTHER) == []
     assert three(code, Attention("layers.0", "decoder", "", 1, keys=8)) is None
     assert seen(code, *repeated(3)) is None
-    few = layers(replace(bad, keys=7), OTHER)
-    assert seen(code, *in_order(layers(bad, OTHER), layers(bad, OTHER), few, layers(bad, OTHER))) == [("warning", "layers.0")]
+    for unseen in (replace(WANTING[code][1], keys=7), Attention("layers.0", "decoder", "", 1, keys=8)):
+        between = layers(bad, OTHER), layers(bad, OTHER), layers(unseen, OTHER), layers(bad, OTHER)
+        assert seen(code, *in_order(*between)) == [("warning", "layers.0")]
 
 
 @pytest.mark.parametrize("code", WANTING)
@@ -99,6 +100,7 @@ def test_all_layers_uniform_have_a_constant_input() -> None:
     assert three("attention-uniform", flat, also) == []
     assert three("attention-uniform", flat, also, layer("encoder.0", "encoder", entropy=0.5)) == []
     assert three("attention-uniform", flat, layer("layers.2", keys=7, entropy=0.5)) == []
+    assert three("attention-uniform", flat, Attention("layers.2", "decoder", "", 1, keys=8)) == []
     assert three("attention-uniform", flat, also, layer("layers.2", entropy=0.5)) == [("warning", "layers.0"), ("warning", "layers.1")]
 
 
@@ -119,6 +121,7 @@ def test_the_usual_sink_of_language_models(kind: str) -> None:
     assert beside(0.97) == []
     assert beside(0.99) == [*found, ("warning", "layers.1")]
     assert beside() == found
+    assert three("attention-on-first-token", stuck, Attention("layers.1", kind, "", 1, keys=8)) == found
     assert three("attention-on-first-token", stuck, layer("e.0", "encoder", first_token=0.9)) == found
 
 
@@ -142,6 +145,8 @@ def test_attention_on_padding() -> None:
     assert padded(0.011, 0.0) == []
     assert padded(0.0, 0.011) == []
     assert padded(0.011, None) is None
+    two = layers(*(Attention(f"layers.{i}", "decoder", "", 1, padding=mass) for i, mass in enumerate((0.0, 0.5))))
+    assert seen("attention-on-padding", *in_order(two, two)) == [("warning", "layers.1")]
     assert padded(0.5, 0.5, kind="encoder") is None
     assert padded(0.5, 0.5, kind="cross") is None
 
@@ -179,6 +184,7 @@ def test_a_branch_that_gives_nothing() -> None:
     assert dead(*[branched(rms=0.0, rate=0.0)] * 4) == []
     assert dead(branched(rms=0.0, rate=0.0), nothing, nothing) == []
     assert dead(*[branched(rms=0.0, optimisation=None)] * 3) == [("warning", "layers.0.audio_mlp")]
+    assert dead(*[branched(rms=0.0, optimisation=Optimisation(1.0, (0.0, 1e-3)))] * 3) == [("warning", "layers.0.audio_mlp")]
     assert dead(*[branched(rms=None)] * 3) == []
     assert dead(*[branched()] * 3) == []
     unused = SiteStatistics("layers.0.audio_mlp", "feed_forward", 1, elements=0, rms=0.0)
@@ -201,6 +207,8 @@ def test_a_branch_without_gradient(name: str) -> None:
     assert dead(*[branched(**parts(name, gradient_norm=None, without_gradient=None))] * 3) == []
     assert dead(*[branched(**parts(name, gradient_norm=None, without_gradient=0, tensors=0))] * 3) == []
     assert dead(*[branched(**parts(name, gradient_norm=0.0, trainable_share=0.0))] * 3) == []
+    bad, unread = branched(**parts(name, gradient_norm=0.0)), branched(**parts(name, gradient_norm=None, without_gradient=None))
+    assert dead(bad, unread, bad, bad) == found
     assert dead(*[branched(**parts(name, gradient_norm=0.0))] * 2) == []
     assert dead(branched(), *[branched(**parts(name, gradient_norm=0.0))] * 2) == []
     silent = tuple(replace(part, gradient_norm=0.0) for part in branched().parts)

@@ -40,6 +40,8 @@ def test_a_uniform_codebook() -> None:
     assert dead(*[books(GUESS, replace(flat, labelled=15), GUESS, GUESS)] * 3) == []
     assert dead(*[books(GUESS, replace(flat, labelled=16), GUESS, GUESS)] * 3) == [("warning", "audio_lm_head, codebook 1")]
     assert dead(*[books(GUESS, flat, GUESS, GUESS)] * 3) == [("warning", "audio_lm_head, codebook 1")]
+    two = [("warning", f"audio_lm_head, codebook {k}") for k in (1, 2)]
+    assert dead(*[books(FINE, flat, flat, replace(FINE, entropy=None))] * 3) == two
     (symptom,) = judged("codebook-dead", *in_order(bad, bad, bad)) or ()
     assert symptom.evidence["codebook"] == 1
 
@@ -61,6 +63,8 @@ def test_a_codebook_that_stays_a_guess() -> None:
     learnt = replace(FINE, loss=0.8 * UNIFORM)
     bad = books(learnt, GUESS, learnt, learnt)
     assert dead(bad, bad, bad) == [("warning", "audio_lm_head, codebook 1")]
+    assert dead(*[books(learnt, GUESS)] * 3) == [("warning", "audio_lm_head, codebook 1")]
+    assert dead(*[books(learnt, GUESS, Accuracy(0), learnt)] * 3) == [("warning", "audio_lm_head, codebook 1")]
     nearly = replace(FINE, loss=0.81 * UNIFORM)
     assert dead(*[books(nearly, GUESS, nearly, nearly)] * 3) == []
     assert dead(*[books(learnt, replace(GUESS, loss=0.999 * UNIFORM), learnt, learnt)] * 3) == []
@@ -151,6 +155,8 @@ def test_predictions_that_were_not_counted(unknown: Accuracy | None) -> None:
 def test_a_head_that_knew_more() -> None:
     """It was varied and at least twice as often right before; else it is the first thing that a fresh model learns."""
     assert collapsed(VARIED, CALM, CALM, CALM) == [("warning", "lm_head")]
+    assert collapsed(VARIED, replace(VARIED, token_accuracy=0.1), CALM, CALM, CALM) == [("warning", "lm_head")]
+    assert collapsed(VARIED, None, CALM, CALM, CALM) == [("warning", "lm_head")]
     assert collapsed(replace(VARIED, token_accuracy=0.19), CALM, CALM, CALM) == []
     assert collapsed(replace(VARIED, token_accuracy=0.2), CALM, CALM, CALM) == []
     assert collapsed(replace(VARIED, token_accuracy=0.21), CALM, CALM, CALM) == [("warning", "lm_head")]
@@ -173,5 +179,11 @@ def test_a_head_that_never_learns_more() -> None:
 
 def test_each_head_is_judged_by_itself() -> None:
     """A second head that is well does not hide the first, nor the other way round."""
-    both = [record(heads=(*head(STUCK, "a").heads, *head(VARIED, "b").heads)) for _ in range(3)]
-    assert seen("prediction-collapsed", *in_order(*both, every=10)) == [("warning", "a")]
+    for first, second in ((STUCK, VARIED), (VARIED, STUCK)):
+        both = [record(heads=(*head(first, "a").heads, *head(second, "b").heads)) for _ in range(3)]
+        assert seen("prediction-collapsed", *in_order(*both, every=10)) == [("warning", "a" if first is STUCK else "b")]
+    well, ill = (
+        Head(name, "audio", 1, shape=(9, 2 * V), codebooks=(FINE, each))
+        for name, each in (("a", FINE), ("b", replace(GUESS, entropy=UNIFORM)))
+    )
+    assert dead(*[record(heads=(well, ill))] * 3) == [("warning", "b, codebook 1")]
