@@ -31,6 +31,7 @@ from probe.capture.observers.inputs import InputWatcher
 from probe.capture.observers.loss import LossWatcher
 from probe.capture.observers.modality import ModalityWatcher
 from probe.capture.observers.modes import ModeWatcher
+from probe.capture.observers.reference_gradient import ReferenceGradientWatcher
 from probe.capture.observers.statistics import StatisticsWatcher
 from probe.capture.observers.updates import UpdateWatcher
 from probe.capture.schedule import PassCadence
@@ -275,6 +276,7 @@ def _observers(
         AttentionWatcher(sites, breaker, rows=settings.attention_rows),
         BranchWatcher(sites),
         ActivationGradientWatcher(sites, breaker),
+        ReferenceGradientWatcher(found.entrance, sites, breaker),
         GradientWatcher(division),
         UpdateWatcher(division),
         AdapterWatcher(adapter_outputs(model)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from probe.assemble.draft import Draft, ratio
-from probe.assemble.gradients import why_no_activation_gradient
+from probe.assemble.gradients import reference_gradient, why_no_activation_gradient
 from probe.assemble.inputs import audio_codes, placeholder_counts
 from probe.capture.observers.branches import branch_cell
 from probe.capture.observers.gradients import LOSS_SCALE
@@ -28,6 +28,7 @@ def conditioning(draft: Draft, found: Sequence[SiteStatistics], gradients: Seque
     if projectors:
         draft.measure("probe/projector/rms", projectors[0].rms, _why(draft, projectors[0]))
         _gradient_metric(draft, "probe/projector/gradient_norm", projectors[0], gradients)
+    reference_gradient(draft)
     calls = encoders[0].calls if encoders else 0
     codes, tokens = audio_codes(draft), tuple(placeholder_counts(draft))
     if codes is None:

@@ -9,6 +9,8 @@ from dataclasses import replace
 from probe.assemble.draft import Draft, ratio
 from probe.capture.observers.activation_gradients import ORDER, activation_cell
 from probe.capture.observers.gradients import LOSS_SCALE, STILL_SCALED, UNITS, clipped_cell, gradient_cell
+from probe.capture.observers.reference_gradient import CELL as REFERENCE_CELL
+from probe.capture.observers.reference_gradient import METRIC
 from probe.capture.observers.updates import SAMPLED, UPDATES, update_cell, zero_cell
 from probe.records import ActivationGradient, Part
 from probe.sites.parts import PARTS, UnitFacts
@@ -57,6 +59,23 @@ def activation_gradients(draft: Draft) -> tuple[ActivationGradient, ...]:
             why = draft.host.reasons.get(activation_cell(name), "no backward reached its output")
             draft.reasons.setdefault(activation_cell(name), draft.blind.get("activation_gradients", why))
     return tuple(found)
+
+
+def reference_gradient(draft: Draft) -> None:
+    """Enter the norm of the gradient that reached the embeddings of reference audio."""
+    values, blind = draft.host.cells[REFERENCE_CELL.name], draft.blind.get("reference_gradient")
+    norm = math.sqrt(values.sums["squares"]) / _scale(draft) if values.sums["rows"] and not values.sums["nonfinite"] else None
+    told = draft.host.reasons.get(METRIC) or draft.host.reasons.get("probe/attention/text_to_reference") or _why_no_reference(draft)
+    bad = int(values.sums["nonfinite"])
+    draft.measure(METRIC, norm, blind or (f"{bad} of its rows hold NaN or Inf" if bad else told))
+
+
+def _why_no_reference(draft: Draft) -> str:
+    if not any(site.kind == "joint" for site in draft.run.sites.of("attention")):
+        return "no attention layer has text and audio in one sequence"
+    if draft.count(REFERENCE_CELL.name, "calls"):
+        return "no token of this step is reference audio"
+    return "no backward reached the embeddings that the decoder begins with, or nothing tells which of them are audio"
 
 
 def why_no_activation_gradient(draft: Draft, site: str, row: ActivationGradient | None) -> str:

@@ -18,7 +18,8 @@ from probe.assemble.outputs import heads, statistics
 from probe.merge.packing import HostStep
 from probe.records import StepRecord
 
-_BY_HOOKS = ("inputs", "statistics", "heads", "attention", "branches", "activation_gradients", "checks", "audio_checks", "modes")
+_GRADIENTS = ("activation_gradients", "reference_gradient")
+_BY_HOOKS = ("inputs", "statistics", "heads", "attention", "branches", "checks", "audio_checks", "modes", *_GRADIENTS)
 _ROLES_WORTH_NAMING = ("audio_encoder", "projector", "attention", "lm_head")
 
 

@@ -20,6 +20,14 @@ def gradient_metrics() -> tuple[Metric, ...]:
             "torch.nn.utils.clip_grad_norm_",
         ),
         Metric(
+            "probe/reference/gradient_norm",
+            "loss per unit of the activation",
+            POSITIVE,
+            "L2 norm of the gradient of the loss that reached the embeddings of reference audio where they enter the decoder. Of models "
+            "that predict audio and have it in one sequence with text.",
+            "√ Σ (∂loss/∂x)²",
+        ),
+        Metric(
             "probe/learning_rate",
             "1",
             POSITIVE,

@@ -16,6 +16,7 @@ from probe.sites.audio_masks import mask_takers
 from probe.sites.branches import NO_BRANCHES, find_branches
 from probe.sites.choices import nearest, resolve_choice
 from probe.sites.encoders import find_encoders, why_no_encoder
+from probe.sites.entrance import find_entrance
 from probe.sites.facts import ModelFacts, core_model, read_facts
 from probe.sites.feeders import find_feeders
 from probe.sites.heads import CTC, NO_HEAD, ctc_heads, find_heads, head_site
@@ -80,6 +81,7 @@ class Discovery:
         watched: Name to module of what is no site and yet watched, for the sake of its arguments or its output.
         feeders: By LM head, the name (of a site or of what is watched) of the module whose output goes into it, where that is known.
         mask_takers: Names, of sites or of what is watched, of the modules that are given masks of the tokens that are audio.
+        entrance: Name of what is given the embeddings that the decoder begins with, text and audio in one sequence; "" if there is none.
     """
 
     sites: SiteMap
@@ -88,6 +90,7 @@ class Discovery:
     watched: Mapping[str, nn.Module] = field(default_factory=dict)
     mask_takers: tuple[str, ...] = ()
     feeders: Mapping[str, str] = field(default_factory=dict)
+    entrance: str = ""
 
 
 def discover(model: nn.Module, *, choices: SiteChoices = "auto") -> Discovery:
@@ -116,8 +119,10 @@ def discover(model: nn.Module, *, choices: SiteChoices = "auto") -> Discovery:
     modules = {"": model, **{site.name: search.names.by_name[site.name] for site in sites}}
     takers = mask_takers(search.names, sites)
     feeders = find_feeders(search.names, search.core, [site for site in sites if site.role == "lm_head"])
-    watched = {name: search.names.by_name[name] for name in (*takers, *feeders.values()) if name not in modules}
-    return Discovery(SiteMap((root, *sites), missing), modules, search.facts, watched, takers, feeders)
+    entrance = find_entrance(search.names, sites)
+    beside = (*takers, *feeders.values(), *filter(None, [entrance]))
+    watched = {name: search.names.by_name[name] for name in beside if name not in modules}
+    return Discovery(SiteMap((root, *sites), missing), modules, search.facts, watched, takers, feeders, entrance)
 
 
 @dataclass(frozen=True, slots=True)
