@@ -60,6 +60,9 @@ def test_a_trainer_is_refused_with_the_way_out(model: nn.Module) -> None:
         ({"sites": 3}, TypeError, "got int"),
         ({"sites": {"encoder": "model"}}, ValueError, "sites has no role 'encoder'; the roles are audio_encoder"),
         ({"settings": {}}, TypeError, "expected a probe.Settings, got dict"),
+        ({"stop_on": "info"}, ValueError, "stop_on='info': expected one of 'critical', 'warning', or None"),
+        ({"stop_on": True}, ValueError, "stop_on=True"),
+        ({"on_finding": "print"}, TypeError, "on_finding='print': expected a function of a finding, got str"),
     ],
 )
 def test_impossible_options_name_value_and_bound(model: nn.Module, options: dict[str, Any], error: type[Exception], words: str) -> None:
@@ -98,6 +101,21 @@ def test_attaching_with_other_options_names_them_and_detach(model: nn.Module) ->
     probe.attach(model, every=7)
     with pytest.raises(RuntimeError, match=r"every: 7 -> 8.*detach\(\)"):
         probe.attach(model, every=8)
+
+
+def test_findings_are_among_the_options(model: nn.Module) -> None:
+    """The same function is the same option, also as a method; another one, or another severity, is named."""
+
+    class Listener:
+        def hear(self, finding: Any) -> None: ...
+
+    listener = Listener()
+    first = probe.attach(model, stop_on="critical", on_finding=listener.hear)
+    assert probe.attach(model, stop_on="critical", on_finding=listener.hear) is first
+    with pytest.raises(RuntimeError, match=r"stop_on: 'critical' -> 'warning'"):
+        probe.attach(model, stop_on="warning", on_finding=listener.hear)
+    with pytest.raises(RuntimeError, match=r"on_finding: .* -> <built-in function print>"):
+        probe.attach(model, stop_on="critical", on_finding=print)
 
 
 def test_after_detach_other_options_are_welcome(model: nn.Module) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,16 @@ def test_findings(tmp_path: Path) -> None:
     run = load(path)
     assert run.findings == (finding(),) * 3
     assert run.truncated
+
+
+def test_findings_of_a_training_that_was_given_up(tmp_path: Path) -> None:
+    """Where a resume, or a new run in the folder, went back to an earlier step, findings from that step on stand no more."""
+    steps = [(100, 1.0), (200, 2.0), (300, 3.0), (200, 12.0), (300, 13.0)]
+    records = [whisper_record(step, time=time) for step, time in steps]
+    made = [(100, 1.0, True), (200, 2.0, False), (300, 3.0, False), (200, 12.0, True), (300, 13.0, True)]
+    lines = [replace(finding(), step=step, time=time) for step, time, _ in made]
+    run = load(make(tmp_path / "run", *records, findings=tuple(lines)))
+    assert run.findings == tuple(line for line, (_, _, stands) in zip(lines, made) if stands)
 
 
 def test_newer_schema(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pickle
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,32 @@ def test_records_are_lines(tmp_path: Path) -> None:
     assert lines.pop() == b""
     assert [from_json(line.decode()) for line in lines] == [whisper_record(1), speech_record(100)]
     assert {path.name for path in sink.path.iterdir()} == {"run.json", "records-rank00000.jsonl"}
+
+
+def test_findings_are_lines(tmp_path: Path) -> None:
+    """Each event is one whole line, in order, in a file of its own; no event, no file. A line that was cut off is left alone."""
+    sink = folder(tmp_path)
+    sink.write_findings([])
+    assert list(tmp_path.iterdir()) == []
+    first, second = finding(), replace(finding(), message="a\nb")
+    sink.write_findings([first, second])
+    with (sink.path / "findings.jsonl").open("a") as file:
+        file.write('{"code":')
+    sink.write_findings([first])
+    sink.write(whisper_record(1))
+    run = load(sink.path)
+    assert run.findings == (first, second, first)
+    assert run.broken_lines == 1
+    assert (sink.path / "findings.jsonl").read_bytes().endswith(b"\n")
+
+
+def test_findings_that_cannot_be_written(tmp_path: Path) -> None:
+    """The error names the step and the file."""
+    sink = folder(tmp_path)
+    sink.path.parent.mkdir()
+    sink.path.write_text("a file where the folder should be")
+    with pytest.raises(RunFolderError, match=r"findings of step 7 .*findings\.jsonl"):
+        sink.write_findings([replace(finding(), step=7)])
 
 
 def test_run_json(tmp_path: Path) -> None:

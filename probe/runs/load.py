@@ -100,9 +100,11 @@ def _newest_branch(records: list[StepRecord]) -> tuple[StepRecord, ...]:
 
 def _standing(findings: list[Finding], records: list[StepRecord]) -> tuple[Finding, ...]:
     """Return the events after which no training went back to their step or to an earlier one."""
-    return tuple(
-        finding for finding in findings if not any(record.step <= finding.step and record.time > finding.time for record in records)
-    )
+
+    def given_up(finding: Finding) -> bool:
+        return bool(finding.time) and any(record.step <= finding.step and record.time > finding.time for record in records)
+
+    return tuple(finding for finding in findings if not given_up(finding))
 
 
 def _find(path: Path) -> Path:
