@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from probe.findings.verdict import EARLY, ENOUGH_SAMPLES, ERRORS, LEAK, MATTERS, NOTHING, pooled_verdict
 from probe.records import BatchChecks, Counterfactual, Effect, Intervention, Modality, StepRecord, Verdict
-from records_factory import whisper_record
+from records_factory import speech_record, whisper_record
 
 pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
 
@@ -118,14 +119,14 @@ def test_fewer_than_three_passes_give_a_reason() -> None:
     assert "so far: 2" in str(pooled_verdict(late(swap=0.4, silence=1.0)[:2]))
     assert pooled_verdict([whisper_record(5, not_measured={"counterfactual": "no condition found"})]) == "no condition found"
     assert isinstance(pooled_verdict([]), str)
-    unmeasured = passes(1, 2, 3)
-    assert "no intervention" in str(pooled_verdict(unmeasured))
+    assert "measured on text tokens" in str(pooled_verdict(passes(1, 2, 3)))
 
 
 def test_an_intervention_counts_from_three_passes_on() -> None:
-    """Silence that was measured in two of three passes decides nothing."""
+    """Silence that was measured in two passes decides nothing; that the newest batch was of one sample leaves three older exchanges."""
     records = [*passes(LATE, swap=0.0), *passes(LATE + 1, LATE + 2, swap=0.0, silence=1.0)]
     assert isinstance(pooled_verdict(records), str)
+    assert verdict([*late(swap=0.4, silence=1.0, reverse=0.0), *passes(LATE + 300, silence=1.0, reverse=0.0)]).use == "used"
 
 
 def test_early_in_training_nothing_is_called_ignored() -> None:
@@ -155,6 +156,7 @@ def test_silence_that_is_not_certain_keeps_ignored_back() -> None:
     effects = (effect("swap", 0.0), effect("silence", 0.06, 0.4))
     records = [whisper_record(step, counterfactual=Counterfactual(("x",), effects)) for step in (LATE, LATE + 1, LATE + 2)]
     assert "not certain" in str(pooled_verdict(records))
+    assert "not certain" in str(pooled_verdict(late(swap=0.0, silence=MATTERS - 0.001, reverse=0.0)))
 
 
 def test_better_off_with_anothers_audio_is_weak() -> None:
@@ -169,6 +171,10 @@ def test_batches_of_one_are_judged_by_silence_and_order() -> None:
     assert "batches of one" in str(pooled_verdict(late(silence=2.0, reverse=1.0)))
     assert "batches of one" in str(pooled_verdict(late(silence=2.0, reverse=0.0, modality="text")))
     assert isinstance(pooled_verdict(passes(1, 2, 3, silence=0.001, reverse=0.001)), str)
+    effects = (effect("silence", 2.0, modality="text"), effect("reverse", 0.3, 0.4, modality="text"))
+    assert "batches of one" in str(
+        pooled_verdict([whisper_record(step, counterfactual=Counterfactual(("x",), effects)) for step in (LATE, LATE + 1, LATE + 2)])
+    )
 
 
 def test_audio_tokens_decide_where_audio_is_predicted() -> None:
@@ -182,6 +188,8 @@ def test_audio_tokens_decide_where_audio_is_predicted() -> None:
     assert (verdict(records).use, verdict(records).modality) == ("used", "audio")
     unscored = late(swap=0.0, silence=0.0, modality="text", checks=BatchChecks(2, audio_labels=40))
     assert "audio tokens" in str(pooled_verdict(unscored))
+    heads = speech_record().heads
+    assert "audio tokens" in str(pooled_verdict([replace(record, heads=heads) for record in late(swap=0.0, silence=0.0, modality="text")]))
     assert verdict(late(swap=0.0, silence=0.0, modality="text", checks=BatchChecks(2, audio_labels=0))).use == "ignored"
 
 
@@ -228,10 +236,10 @@ def test_only_the_newest_passes_count() -> None:
 def test_unmeasured_and_non_finite_effects_are_left_out() -> None:
     """An effect without tokens, without a number or with one that is none does not enter."""
     odd = [
-        whisper_record(LATE - 9 + index, counterfactual=Counterfactual(("x",), (each,)))
+        whisper_record(LATE + 900 + index, counterfactual=Counterfactual(("x",), (each,)))
         for index, each in enumerate((effect("swap", None), effect("swap", math.nan), effect("swap", 9.0, tokens=0)))
     ]
-    found = verdict([*odd, *late(swap=0.4, silence=1.0)])
+    found = verdict([*late(swap=0.4, silence=1.0), *odd])
     assert (found.passes, found.evidence["delta_loss_swap"]) == (3, pytest.approx(0.4))
 
 

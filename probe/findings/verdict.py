@@ -11,7 +11,7 @@ from probe.records import Effect, Intervention, Modality, StepRecord, Use, Verdi
 LEAST_PASSES = 3
 """One pass is one micro-batch: its samples may be alike, and what happened to be exchanged in it may have been too."""
 ENOUGH_SAMPLES = 32
-"""Only as many of the newest passes are pooled as bring so many samples: a model's use of its audio changes while it learns."""
+"""As many of the newest passes are pooled as bring so many samples, no more: a model's use of its audio changes while it learns."""
 ERRORS = 3.0
 """Standard errors that count as certain: 1 in 400 by chance with many samples, 1 in 17 with two samples in each of three passes."""
 NOTHING = 0.02
@@ -26,7 +26,6 @@ SAME, COMPARED = 0.9, 4
 """Share of references that are their targets from which on it is no accident, and how many have to have been compared."""
 _EXACTLY = 1e-9
 
-_INTERVENTIONS: tuple[Intervention, ...] = ("swap", "silence", "reverse")
 _CHANGES: dict[Intervention, str] = {"swap": "with another sample's audio", "silence": "with silence", "reverse": "with reversed audio"}
 
 
@@ -72,23 +71,22 @@ def pooled_verdict(records: Sequence[StepRecord]) -> Verdict | str:
     same = _reference_is_target(records, modality)
     if same is not None:
         return same
-    passes = _newest_passes(records)
-    if len(passes) < LEAST_PASSES:
-        reason = records[-1].not_measured.get("counterfactual", "") if records and not passes else ""
-        return reason or f"counterfactual passes so far: {len(passes)}, and a verdict takes {LEAST_PASSES}"
-    effects = {name: pooled for name in _INTERVENTIONS if (pooled := _pooled(passes, name, modality)) is not None}
+    passes = [record for record in records if record.counterfactual is not None]
+    if not passes:
+        return (records[-1].not_measured.get("counterfactual", "") if records else "") or "no counterfactual pass so far"
+    newest = {name: _newest(passes, name, modality) for name in _CHANGES}
+    effects = {name: _pooled(found) for name, found in newest.items() if len(found) >= LEAST_PASSES}
     if not effects:
-        return f"no intervention was measured on {modality} tokens in {LEAST_PASSES} passes"
-    decided = (
-        _by_exchange(effects, modality, passes[-1].step) if "swap" in effects else _without_exchange(effects, modality, passes[-1].step)
-    )
+        return f"counterfactual passes so far: {len(passes)}, and a verdict takes {LEAST_PASSES} that were measured on {modality} tokens"
+    decide = _by_exchange if "swap" in effects else _without_exchange
+    decided = decide(effects, modality, passes[-1].step)
     if isinstance(decided, str):
         return decided
     use, because = decided
     if use == "used" and modality == "audio" and not _codes_compared(records) and _needs_order(effects):
         share = effects["reverse"].delta / effects["swap"].delta
         use, because = "leaked", f"{_said(effects)}: {share:.0%} of what its own reference gives lies in the order of the frames"
-    return Verdict(use, modality, max(pooled.passes for pooled in effects.values()), because, _evidence(effects, passes, modality))
+    return Verdict(use, modality, max(pooled.passes for pooled in effects.values()), because, _evidence(effects, newest["swap"]))
 
 
 def _by_exchange(effects: Effects, modality: Modality, step: int) -> tuple[Use, str] | str:
@@ -141,16 +139,6 @@ def _needs_order(effects: Effects) -> bool:
     return reverse.delta - LEAK * swap.delta > ERRORS * math.hypot(reverse.error, LEAK * swap.error)
 
 
-def _newest_passes(records: Sequence[StepRecord]) -> list[StepRecord]:
-    passes: list[StepRecord] = []
-    samples = 0
-    for record in reversed(records):
-        if record.counterfactual is not None and (len(passes) < LEAST_PASSES or samples < ENOUGH_SAMPLES):
-            passes.insert(0, record)
-            samples += max((effect.samples for effect in record.counterfactual.effects), default=0)
-    return passes
-
-
 def _said(effects: Effects) -> str:
     return f"extra nats a token: {', '.join(f'{_CHANGES[name]} {pooled}' for name, pooled in effects.items())}"
 
@@ -178,20 +166,33 @@ def _codes_compared(records: Sequence[StepRecord]) -> bool:
     return any(record.checks is not None and bool(record.checks.reference_compared) for record in records)
 
 
-def _pooled(passes: Sequence[StepRecord], intervention: Intervention, modality: Modality) -> Pooled | None:
-    """Pool one intervention, ``None`` with fewer than ``LEAST_PASSES``.
+def _newest(passes: Sequence[StepRecord], intervention: Intervention, modality: Modality) -> list[Effect]:
+    """Return the newest measured effects of an intervention, oldest first: three, and as many more as bring ``ENOUGH_SAMPLES``."""
+    found: list[Effect] = []
+    samples = 0
+    for record in reversed(passes):
+        effects = () if record.counterfactual is None else record.counterfactual.effects
+        for effect in effects if len(found) < LEAST_PASSES or samples < ENOUGH_SAMPLES else ():
+            if effect.intervention == intervention and effect.modality == modality and _is_measured(effect):
+                found.insert(0, effect)
+                samples += effect.samples
+    return found
+
+
+def _is_measured(effect: Effect) -> bool:
+    return effect.tokens > 0 and effect.delta_loss is not None and math.isfinite(effect.delta_loss)
+
+
+def _pooled(effects: Sequence[Effect]) -> Pooled:
+    """Pool the measured effects of one intervention.
 
     The error is that over the samples of each pass; if a pass has none (one sample), that over the passes.
     """
-    effects = list(_effects(passes, intervention, modality))
-    if len(effects) < LEAST_PASSES:
-        return None
     deltas, weights = [effect.delta_loss or 0.0 for effect in effects], [effect.tokens for effect in effects]
     total = sum(weights)
     delta = sum(weight * each for weight, each in zip(weights, deltas)) / total
-    errors = [effect.delta_loss_error for effect in effects]
-    known = [error for error in errors if error is not None and math.isfinite(error)]
-    if len(known) == len(errors):
+    known = [effect.delta_loss_error for effect in effects if effect.delta_loss_error is not None]
+    if len(known) == len(effects):
         spread = [weight * error for weight, error in zip(weights, known)]
     else:
         several = math.sqrt(len(deltas) / (len(deltas) - 1))
@@ -200,26 +201,12 @@ def _pooled(passes: Sequence[StepRecord], intervention: Intervention, modality: 
     return Pooled(delta, math.hypot(*spread) / total, len(effects), exactly)
 
 
-def _effects(passes: Sequence[StepRecord], intervention: Intervention, modality: Modality) -> list[Effect]:
-    found = [effect for record in passes if record.counterfactual is not None for effect in record.counterfactual.effects]
-    return [
-        effect
-        for effect in found
-        if effect.intervention == intervention
-        and effect.modality == modality
-        and effect.tokens > 0
-        and effect.delta_loss is not None
-        and math.isfinite(effect.delta_loss)
-    ]
-
-
-def _evidence(effects: Effects, passes: Sequence[StepRecord], modality: Modality) -> dict[str, float]:
+def _evidence(effects: Effects, swaps: Sequence[Effect]) -> dict[str, float]:
     """Return the numbers that decided, and the bounds."""
     numbers: dict[str, float] = {}
     for name, pooled in effects.items():
         numbers[f"delta_loss_{name}"] = pooled.delta
         numbers[f"delta_loss_{name}_error"] = pooled.error
-    swaps = _effects(passes, "swap", modality)
     wins = [(effect.win_rate, effect.samples) for effect in swaps if effect.win_rate is not None and effect.samples]
     if wins:
         numbers["win_rate"] = sum(rate * samples for rate, samples in wins) / sum(samples for _, samples in wins)
