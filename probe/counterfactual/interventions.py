@@ -91,11 +91,11 @@ def _silenced(inputs: Mapping[str, Any], conditions: Sequence[Condition], facts:
     for condition in conditions:
         tensor = inputs[condition.name]
         if condition.kind == "codes":
-            return f"not defined: the model has no silence code (for {condition.name!r})"
+            return f"the model has no silence code (for {condition.name!r})"
         if condition.kind == "waveform":
             silenced[condition.name] = torch.zeros_like(tensor)
         elif tensor.dim() < 3:
-            return f"not defined: nobody says what {condition.name!r}, {tuple(tensor.shape)}, is for silence"
+            return f"nobody says what {condition.name!r}, {tuple(tensor.shape)}, is for silence"
         else:
             silenced[condition.name] = _silent_features(tensor, facts)
     return silenced
