@@ -34,9 +34,10 @@ class Part:
     that should train, ``without_gradient`` those of them that received no gradient (``None``: gradients could not be read, see
     ``not_measured``). ``gradient_norm`` is the L2 norm before clipping, ``clipped_norm`` as the optimizer gets it. ``nonfinite``:
     whether the gradient holds a NaN or Inf. The rest is from a fixed sample of ``sampled`` elements: ``zero_share`` of gradients that
-    are exactly 0, ``update_ratio`` the norm of what the step added to the weights by the norm of the weights, ``unchanged_share`` the
-    share of elements with a gradient that the step left as they were, ``weight_rms`` the root mean square of the weights.
-    ``dtype`` is that of the weights that train.
+    are exactly 0 (of tensors that have one), ``update_ratio`` the norm of what the step added to the weights by the norm of the weights,
+    ``unchanged_share`` the share of elements with a gradient other than 0 that the step left as they were, ``weight_rms`` the root mean
+    square of the weights.
+    ``dtype`` is that of the weights that train (of most of them, where they differ).
     """
 
     name: str
