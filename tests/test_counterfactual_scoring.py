@@ -92,8 +92,13 @@ def test_what_the_model_does_to_its_logits_counts() -> None:
     """A factor and a soft cap are applied before the cross-entropy."""
     logits, labels = drawn(4, 9), labels_of(4, vocabulary=9)
     changed = 5.0 * torch.tanh(logits * 0.5 / 5.0)
+    before = logits.clone()
     found = row_losses(logits, labels, change=Logits(0.5, 5.0))
+    assert torch.equal(logits, before)
     torch.testing.assert_close(found.double(), expected_losses(changed, labels), rtol=1e-5, atol=1e-5, equal_nan=True)
+    kept = distribution(HeadRows(found, Samples(1, True), logits, Logits(0.5, 5.0)), most=4, salt=0)
+    assert kept is not None and torch.equal(logits, before)
+    torch.testing.assert_close(kept.log_p_RV, functional.log_softmax(changed, -1)[kept.index_R])
 
 
 def test_text_rows_are_aligned_as_the_model_means_them() -> None:

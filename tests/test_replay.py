@@ -180,7 +180,7 @@ def test_a_forward_without_use_cache_is_not_given_it() -> None:
             self.seen.append(kwargs)
             return self.inner(**kwargs)
 
-    plain = Wrapper(Inner(lambda features: features), peft=False)
+    plain = Wrapper(Inner(lambda features, use_cache=True: features), peft=False)
     again(call_of(plain, features=features()))
     assert "use_cache" not in plain.seen[-1]
     peft = Wrapper(Inner(lambda features, use_cache=True: features), peft=True)

@@ -125,7 +125,7 @@ def _autocast_of(call: RootCall) -> Iterator[None]:
         yield
         return
     try:
-        with torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None, cache_enabled=False):
+        with torch.autocast(kind, dtype=call.autocast, enabled=call.autocast is not None):
             yield
     finally:
         torch.clear_autocast_cache()

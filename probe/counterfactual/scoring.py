@@ -198,5 +198,5 @@ def _log_probabilities(rows: HeadRows, index_R: Tensor) -> Tensor:
     for size in reversed(rows.logits.shape[:-1]):
         places.insert(0, index_R % size)
         index_R = torch.div(index_R, size, rounding_mode="floor")
-    picked_RV = rows.logits.detach()[tuple(places)].to(torch.float32, copy=True)
+    picked_RV = rows.logits.detach()[tuple(places)].float()
     return torch.log_softmax(rows.change.change_(picked_RV), -1)
