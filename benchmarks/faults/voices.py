@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import WhisperFeatureExtractor
 
 from benchmarks.faults.training import Fields, Training, Waveform
-from models.samples import IGNORED, Samples, integer
+from models.samples import IGNORED, Samples, integer, words
 from models.tokens import encode
 
 VOICES = 8
@@ -79,7 +79,7 @@ def _voiced(training: Training, sample: Fields, index: int, generator: torch.Gen
         return {**sample, **codes}
     text = WORDS[voice] + " and so on" * (index % 2)
     if name == "llama":
-        return _prompted(training, encode(training.case.tokenizer(), f"<s>say number {voice}: "), text)
+        return _prompted(training, encode(training.case.tokenizer(), f"<s>{words(generator, 4, 12)}, {voice}: "), text)
     if name == "moonshine":
         wave = changed(training, sound(voice, integer(generator, 60, 90), generator))
         return {"input_values": torch.from_numpy(wave).float(), "labels": encode(training.case.tokenizer(), text + "</s>")}

@@ -66,9 +66,12 @@ def dropout_set_to_zero(training: Training) -> None:
 
 
 def lora_dropout_in_eval_mode(training: Training) -> None:
-    """LoRA with dropout 0.1, whose dropout layers stay in eval mode while the rest trains."""
+    """LoRA with dropout 0.1, the only dropout there is, whose dropout layers stay in eval mode while the rest trains."""
 
     def stay(model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(getattr(module, "attention_dropout", None), float):
+                module.attention_dropout = 0.0
         model = with_lora_everywhere(model, lora_dropout=0.1)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
