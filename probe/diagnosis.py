@@ -62,7 +62,7 @@ class Diagnosis:
             with self._breaker.guard("findings"):
                 judgement = self._life.judge(record)
         failures = self._breaker.failures
-        reasons.update((part, why) for part, why in failures.items() if part in ("verdict", "findings") or part.startswith("rule "))
+        reasons.update(failures)
         if judgement is None:
             reasons.update((f"{_METRIC}{severity}", failures["findings"]) for severity in SEVERITIES)
             return record, ()
@@ -73,10 +73,13 @@ class Diagnosis:
 
     def tell(self, events: Sequence[Finding]) -> None:
         """Call the listener with each event."""
-        for event in events if self._listener is not None else ():
-            if self._listener is not None and not self._breaker.is_off("on_finding"):
+        listener = self._listener
+        if listener is None:
+            return
+        for event in events:
+            if not self._breaker.is_off("on_finding"):
                 with self._breaker.guard("on_finding"):
-                    self._listener(event)
+                    listener(event)
 
     def _with_verdict(self, record: StepRecord) -> StepRecord:
         if record.counterfactual is not None:

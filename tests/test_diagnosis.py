@@ -159,10 +159,11 @@ def test_a_rule_that_raises_is_named() -> None:
 
 def test_findings_that_fail_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then there is no number of findings, and its reason; nothing raises."""
-    said = Said()
-    monkeypatch.setattr(type(said.diagnosis._life), "judge", lambda self, record: 1 / 0)
+    said, asked = Said(), []
+    monkeypatch.setattr(type(said.diagnosis._life), "judge", lambda self, record: asked.append(record.step) or 1 / 0)
     made = said.judge(*steps(2))
     assert len(said.lines) == 1
+    assert asked == [1]
     for each in made:
         assert each.findings == ()
         for severity in ("critical", "warning", "info"):
@@ -199,9 +200,11 @@ def test_passes_older_than_the_window_count(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_verdict_that_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is said once and not asked again; findings go on."""
-    monkeypatch.setattr(module, "pooled_verdict", lambda records: 1 / 0)
+    asked: list[int] = []
+    monkeypatch.setattr(module, "pooled_verdict", lambda records: asked.append(len(records)) or 1 / 0)
     said = Said()
     made = said.judge(*steps(3, counterfactual=PASS))
     assert len(said.lines) == 1
+    assert asked == [1]
     assert all(each.verdict is None and "ZeroDivisionError" in each.not_measured["verdict"] for each in made)
     assert [finding.code for finding in made[-1].findings] == ["bad", "odd"]
