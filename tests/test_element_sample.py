@@ -79,6 +79,7 @@ def test_what_is_taken_is_what_is_there(dtype: torch.dtype) -> None:
     assert torch.equal(taken, torch.stack(expected))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
 def test_what_strides_do_not_reach_is_told() -> None:
     """A tensor with gaps in memory, an expanded one and a sparse one cannot be taken."""
     x = torch.randn(6, 8)
@@ -88,6 +89,7 @@ def test_what_strides_do_not_reach_is_told() -> None:
     assert not can_take(x[:, ::2])
     assert not can_take(x[:1].expand(3, 8))
     assert not can_take(x.to_sparse())
+    assert not can_take(x.to_sparse_csr())
 
 
 def test_mixed_dtypes_stay_exact() -> None:

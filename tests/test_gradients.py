@@ -172,6 +172,7 @@ def test_a_parameter_put_in_the_place_of_another_is_read() -> None:
     model.layers[0].weight = nn.Parameter(torch.ones(2, 2))
     model.layers[1].weight.requires_grad_(False)
     fill(model)
+    model.layers[1].weight.grad = torch.ones(2, 2)  # of before it was frozen
     made.step_end(StepEnd(), buffer)
     assert columns(buffer, "rest", "layers.0")[0] == pytest.approx(squares(model.layers[0].weight.grad, model.layers[0].bias.grad))
     assert columns(buffer, "rest", "layers.1")[0] == pytest.approx(squares(model.layers[1].bias.grad))

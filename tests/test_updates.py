@@ -153,6 +153,16 @@ def test_frozen_and_sharded_weights_are_left_out() -> None:
     assert zero_cell("rest", "layers.1") not in buffer.totals.maxima
 
 
+def test_weights_with_gaps_in_memory_are_left_out() -> None:
+    """A parameter that is every second column of another tensor is not sampled: strides would meet what is not its own."""
+    model = Model()
+    model.layers[0].weight = nn.Parameter(torch.randn(4, 8)[:, ::2])
+    made, buffer = watched(model)
+    fill(model)
+    made.step_end(StepEnd(), buffer)
+    assert buffer.totals.facts[SAMPLED] == (40, 4, 60)
+
+
 @pytest.mark.parametrize("how", ["shape", "strides", "gone"])
 def test_parameters_of_another_form_are_not_compared(how: str) -> None:
     """If the optimizer puts other parameters in the place of the old ones, elements do not correspond: not measured, and said."""
@@ -194,6 +204,21 @@ def test_gradients_in_another_order_of_memory_take_no_part() -> None:
     model.layers[1].weight.grad = model.layers[1].weight.grad.t().contiguous().t()
     made.step_end(StepEnd(), buffer)
     assert zeros(buffer, UNITS["layers.1"])["gradients"] == model.layers[1].bias.numel()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR")
+@pytest.mark.parametrize("how", ["to_sparse", "to_sparse_csr"])
+def test_sparse_gradients_take_no_part(how: str) -> None:
+    """A sparse gradient has no places in memory that correspond to those of its weight; the weight is still compared."""
+    model = Model()
+    made, buffer = watched(model)
+    fill(model)
+    model.embedding.weight.grad = getattr(model.embedding.weight.grad, how)()
+    made.step_end(StepEnd(), buffer)
+    made.before_update(buffer)
+    made.after_update(buffer)
+    assert zeros(buffer, UNITS["embedding"])["gradients"] == 0
+    assert update(buffer, UNITS["embedding"])["elements"] == 40
 
 
 def test_what_is_not_finite_is_marked() -> None:

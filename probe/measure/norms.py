@@ -49,16 +49,6 @@ def squares_by_group(tensors: Sequence[Tensor], groups: Sequence[int], count: in
     return total[0], total[1]
 
 
-def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the sum of the squares of all elements of all tensors, infinite if one is not; see :func:`squares_by_group`.
-
-    Returns:
-        0-dim float64 (float32 on MPS), on the first device that is not the CPU, or else there.
-    """
-    squares, nonfinite = squares_by_group(tensors, [0] * len(tensors), 1)
-    return squares[0].masked_fill(nonfinite[0] > 0, torch.inf)
-
-
 def norm_of(tensor: Tensor) -> Tensor:
     """Return the L2 norm of one tensor: 0-dim, float32 or wider, on its device. Off the CPU one tensor operation. No sync."""
     real = real_view(tensor)
@@ -72,7 +62,7 @@ def add_norms(norms: Sequence[Tensor], groups: Sequence[int], count: int) -> Ten
     """Square norms and add them up by group, in float64.
 
     Args:
-        norms: 0-dim tensors of one device; at least one.
+        norms: 0-dim tensors of one device, of any dtypes; at least one.
         groups: The group of each.
         count: Number of groups (G).
 
@@ -80,8 +70,7 @@ def add_norms(norms: Sequence[Tensor], groups: Sequence[int], count: int) -> Ten
         Float64 (2, G) (float32 on MPS): sums of the squares of the finite norms, and how many are not finite. No sync.
     """
     device = norms[0].device
-    values_N = torch.stack([norm.to(accumulator(device)) for norm in norms] if len({n.dtype for n in norms}) > 1 else list(norms))
-    values_N = values_N.to(accumulator(device))
+    values_N = torch.stack(list(norms)).to(accumulator(device))
     finite_N = torch.isfinite(values_N)
     rows = torch.stack([values_N.square().masked_fill(~finite_N, 0.0), (~finite_N).to(values_N.dtype)])
     total = torch.zeros((2, count), dtype=values_N.dtype, device=device)
