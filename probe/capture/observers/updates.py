@@ -184,4 +184,5 @@ def _weights(sample: _Sample) -> Tensor | None:
 
 
 def _alike(gradient: Tensor, parameter: Tensor) -> bool:
+    # Of a sparse gradient newer torch has strides of 0, and older raises.
     return gradient.layout is torch.strided and gradient.stride() == parameter.stride()
