@@ -31,19 +31,19 @@ def page(outcomes: Sequence[Outcome], plan: Plan) -> str:
     """Return the whole page."""
     versions = f"Python {platform.python_version()} · torch {torch.__version__} · transformers {transformers.__version__}"
     right = sum(outcome.right for outcome in outcomes)
-    data = f"{plan.speakers} speakers, {plan.texts} texts, {plan.steps} steps"
+    data = f"{plan.speakers} speakers, {plan.texts} texts, batches of 16"
     made = f"Made on {date.today()}: probe {probe.__version__} · {versions}. {data}. **{right} of {len(outcomes)} right.**"
     return "\n\n".join([_ABOUT, made, _verdicts(outcomes), _TRUTH, _numbers(outcomes), _reasons(outcomes)]) + "\n"
 
 
 def _verdicts(outcomes: Sequence[Outcome]) -> str:
     seeds = sorted({outcome.seed for outcome in outcomes})
-    rows = [["variant", "what", "right is", *(f"seed {seed}" for seed in seeds)]]
+    rows = [["variant", "what", "steps", "right is", *(f"seed {seed}" for seed in seeds)]]
     for variant in VARIANTS:
         mine = {outcome.seed: outcome for outcome in outcomes if outcome.variant == variant.name}
         if mine:
             cells = [_word(mine[seed]) if seed in mine else "" for seed in seeds]
-            rows.append([variant.name, variant.what, variant.expected or "not measured", *cells])
+            rows.append([variant.name, variant.what, str(variant.steps), variant.expected or "not measured", *cells])
     return _table(rows)
 
 

@@ -18,13 +18,13 @@ from probe.records import StepRecord, Verdict
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Speakers and texts of the data, optimizer steps, how often the probe looks and how often it changes the audio."""
+    """Speakers and texts of the data, optimizer steps (``None``: the variant's), how often the probe looks and changes the audio."""
 
     speakers: int = 48
     texts: int = 12
-    steps: int = 400
+    steps: int | None = None
     every: int = 20
-    counterfactual_every: int | None = None
+    counterfactual_every: int | None = 20
 
 
 FULL = Plan()
@@ -67,6 +67,7 @@ def train(name: str, seed: int, folder: Path, plan: Plan = FULL) -> Outcome:
     set_seed(seed)
     model = variant.model(VoiceClonerConfig())
     data = variant.data(clips)
+    steps = variant.steps if plan.steps is None else plan.steps
     settings = probe.Settings(terminal=False, counterfactual_every=plan.counterfactual_every)
     with probe.attach(model, every=plan.every, settings=settings):
         trainer = cloning_trainer(
@@ -74,7 +75,7 @@ def train(name: str, seed: int, folder: Path, plan: Plan = FULL) -> Outcome:
             data,
             variant.collator,
             output_dir=folder,
-            steps=plan.steps,
+            steps=steps,
             seed=seed,
             use_cpu=True,
             disable_tqdm=True,

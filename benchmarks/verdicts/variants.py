@@ -75,12 +75,14 @@ class Variant:
         name: What to call it.
         what: What is done, in a few words.
         expected: The right verdict, ``None`` where there is nothing to have one on.
+        steps: Optimizer steps until it is judged: what is cut off shows at once; what is read off a target takes longest to learn.
         model, data, collator: What it trains.
     """
 
     name: str
     what: str
     expected: Use | None
+    steps: int = 400
     model: Callable[..., VoiceCloner] = VoiceCloner
     data: Callable[[Sequence[Clip]], CloningDataset] = CloningDataset
     collator: CloningCollator = field(default_factory=CloningCollator)
@@ -89,10 +91,10 @@ class Variant:
 VARIANTS = (
     Variant("healthy", "as in docs/examples/clone_voice.py", "used"),
     Variant("other-speaker", "the reference is a clip of any speaker", "ignored", data=AnyReference),
-    Variant("target-as-reference", "the reference is the target clip itself", "leaked", data=TargetAsReference),
-    Variant("reference-dropped", "the collator leaves the reference out", None, collator=ReferenceDropped()),
+    Variant("target-as-reference", "the reference is the target clip itself", "leaked", 600, data=TargetAsReference),
+    Variant("reference-dropped", "the collator leaves the reference out", None, 100, collator=ReferenceDropped()),
     Variant("projector-detached", "`.detach()` behind the projector", "ignored", model=DetachedProjector),
-    Variant("projector-silenced", "the projector's output times 0", "ignored", model=SilencedProjector),
-    Variant("encoder-constant", "the encoder's output is constant", "ignored", model=ConstantEncoder),
+    Variant("projector-silenced", "the projector's output times 0", "ignored", 100, model=SilencedProjector),
+    Variant("encoder-constant", "the encoder's output is constant", "ignored", 100, model=ConstantEncoder),
 )
 BY_NAME = {variant.name: variant for variant in VARIANTS}
