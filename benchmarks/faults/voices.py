@@ -22,7 +22,7 @@ from models.tokens import encode
 
 VOICES = 8
 RATE = 16_000
-_HOP, _MELS = 160, 16
+_HOP, _MELS, _FADE = 160, 16, 400
 _CODES_A_VOICE = 4
 _CODES = VOICES * _CODES_A_VOICE
 WORDS = ("amber", "birch tree", "cloud", "dew drops", "elm", "foxglove", "granite", "heather")
@@ -47,7 +47,8 @@ def sound(voice: int, frames: int, generator: torch.Generator) -> Waveform:
     breath = torch.randn(count, generator=generator, dtype=torch.float64).numpy()
     syllables = 0.6 + 0.4 * np.sin(2 * np.pi * (3.0 + voice / 4) * np.arange(count) / RATE)
     wave = voiced / np.abs(voiced).max() * syllables + 0.02 * breath
-    return np.asarray(0.5 * wave / np.abs(wave).max())
+    fade = np.minimum(1.0, np.minimum(np.arange(count), np.arange(count)[::-1]) / _FADE)  # a cut would be a click, of all frequencies
+    return np.asarray(0.5 * wave / np.abs(wave).max() * fade**2)
 
 
 def log_mel(wave: Waveform, frames: int) -> Tensor:
@@ -77,7 +78,7 @@ def _voiced(training: Training, sample: Fields, index: int, generator: torch.Gen
     if name == "higgs_audio_v2":
         codes = {key: voice_codes(sample[key], voice) for key in ("audio_input_ids", "audio_labels")}
         return {**sample, **codes}
-    text = WORDS[voice] + " and so on" * (index % 2)
+    text = f"{WORDS[voice]}{' and so on' * (index % 2)} {integer(generator, 0, 9)}"
     if name == "llama":
         return _prompted(training, encode(training.case.tokenizer(), f"<s>{words(generator, 4, 12)}, {voice}: "), text)
     if name == "moonshine":

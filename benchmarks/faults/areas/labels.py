@@ -107,6 +107,7 @@ def _moved(training: Training, by: int) -> None:
     def move(fields: Fields) -> Fields:
         labels = torch.roll(fields[name], by, dims=1)
         labels[:, -1 if by < 0 else 0] = -100
+        labels = labels.masked_fill(fields["attention_mask"] == 0, -100)
         return {**fields, name: labels}
 
     training.batches.append(move)
@@ -148,7 +149,7 @@ KINDS: tuple[Kind, ...] = (
         WHISPER,
         also=["loss-not-connected", "backward-never-ran", "part-without-gradient", *_NONFINITE],
     ),
-    kind("labels", "padding-in-loss", padding_learnt, LLAMA, WHISPER, QWEN, also=["loss-off"]),
+    kind("labels", "padding-in-loss", padding_learnt, LLAMA, WHISPER, also=["loss-off"]),
     kind("labels", "prompt-not-masked", prompt_learnt, QWEN, VOXTRAL),
     kind("labels", "prompt-not-masked", instruction_learnt, LLAMA),
     kind("labels", "labels-shifted", labels_shifted_by_collator, LLAMA, QWEN, HIGGS, also=["loss-off"]),
