@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -183,6 +184,26 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     made(Model(), batch(samples=40), admit=lambda part, nbytes: asked.append(nbytes) is None)
     assert asked[3] == 64 * 4 * 7
+
+
+def test_one_pass_is_held_at_a_time() -> None:
+    """When a pass begins, the logits and the changed inputs of those before are gone."""
+    model, inputs = Model(), batch()
+    made_before: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+    forward = model.forward
+
+    def noting(input_features: Tensor, labels: Tensor) -> Any:
+        alive.append(sum(each() is not None for each in made_before))
+        output = forward(input_features, labels)
+        made_before.append(weakref.ref(output["logits"]))
+        if input_features is not inputs["input_features"]:
+            made_before.append(weakref.ref(input_features))
+        return output
+
+    model.forward = noting  # type: ignore[method-assign]
+    assert made(model, inputs).sums
+    assert alive == [0, 0, 0, 0]
 
 
 def test_nothing_waits_for_the_device() -> None:

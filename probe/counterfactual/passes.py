@@ -114,6 +114,7 @@ def run_passes(call: RootCall, conditions: Sequence[Condition], experiment: Expe
             continue
         del replaced
         _compare(what, before, changed, experiment, outcome, reached_B=reached_B)
+        del changed  # its logits, before the next pass makes its own
     return outcome
 
 
