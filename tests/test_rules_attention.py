@@ -94,6 +94,15 @@ def test_a_collapse_onto_the_first_key_is_told_once() -> None:
     assert three("attention-collapsed", layer(entropy=0.001), OTHER) == [("warning", "layers.0")]
 
 
+def test_layers_that_are_left_out_at_random() -> None:
+    """Under layerdrop a layer counts with the newest three records, whichever of them it ran in."""
+    flat, also, well = layer(entropy=1.0), layer("layers.1", entropy=1.0), layer("layers.1", entropy=0.5)
+    assert seen("attention-uniform", *in_order(layers(flat, also), layers(flat), layers(flat, also))) == []
+    assert seen("attention-uniform", *in_order(layers(flat, also), layers(flat, also), layers(flat))) == []
+    assert seen("attention-uniform", *in_order(layers(flat, well), layers(flat), layers(flat))) == [("warning", "layers.0")]
+    assert seen("attention-uniform", *in_order(layers(flat, well), *[layers(flat)] * 3)) == []
+
+
 def test_all_layers_uniform_have_a_constant_input() -> None:
     """Where every layer of a kind is uniform its input is to blame; layers of another kind, or of few keys, do not count."""
     flat, also = layer(entropy=1.0), layer("layers.1", entropy=1.0)

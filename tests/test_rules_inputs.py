@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from judging import DECODER, in_order, judged, record, repeated, seen, with_labels
-from probe.records import BatchChecks, Head, Inputs, InputTensor, Setup
+from probe.records import AudioChecks, BatchChecks, Head, Inputs, InputTensor, Setup
 
 pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
 
@@ -107,3 +107,10 @@ def test_copied_rows() -> None:
     assert seen("rows-duplicated", *copies(249, 249, rows=1000)) == []
     assert seen("rows-duplicated", *copies(0, 0, rows=0)) == []
     assert seen("rows-duplicated", *repeated(2)) is None
+
+
+def test_rows_that_are_alike_by_their_silence() -> None:
+    """Where clips hold one value everywhere, rows are alike because of that; other audio changes nothing."""
+    for constant, found in ((1, []), (0, [("warning", "")])):
+        checks = BatchChecks(8, duplicated_rows=8, audio=AudioChecks("log-mel", 8, constant=constant))
+        assert seen("rows-duplicated", *repeated(2, checks=checks)) == found

@@ -57,10 +57,12 @@ def attention_uniform(history: History) -> list[Symptom] | None:
     found = _lasting(history, "entropy", uniform)
     if found is None:
         return None
-    uniform_sites = {layer.site for layer, _ in found}
-    spared = {kind for kind in {layer.kind for layer, _ in found} if _sites(history.last, kind) <= uniform_sites}
+    layers = [
+        layer for record in history.records[-RECORDS:] for layer in record.attention if layer.keys >= KEYS and _heads(layer, "entropy")
+    ]
+    varied = {layer.kind for layer in layers if uniform(layer) is None}  # in any of the records: layerdrop leaves out some layers of each
     words = f"every head looks at all keys alike: 1 - relative entropy below {UNIFORM:g}, {RECORDS} times in a row"
-    return [_at(layer, words, entropy=value, bound=1 - UNIFORM) for layer, value in found if layer.kind not in spared]
+    return [_at(layer, words, entropy=value, bound=1 - UNIFORM) for layer, value in found if layer.kind in varied]
 
 
 def attention_on_first_token(history: History) -> list[Symptom] | None:
@@ -139,10 +141,6 @@ def _heads(layer: Attention, what: str) -> tuple[float, ...]:
 
 def _all(values: tuple[float, ...], holds: Callable[[float], bool]) -> bool:
     return bool(values) and all(holds(value) for value in values)
-
-
-def _sites(record: StepRecord, kind: str) -> set[str]:
-    return {layer.site for layer in record.attention if layer.kind == kind and layer.keys >= KEYS and _heads(layer, "entropy")}
 
 
 def _is_usual_sink(record: StepRecord, layer: Attention) -> bool:

@@ -53,7 +53,7 @@ def same_batch_repeated(history: History) -> list[Symptom] | None:
 
 def rows_duplicated(history: History) -> list[Symptom] | None:
     """Judge the share of copied rows over the two newest records."""
-    counts = newest(history, 2, lambda record: None if record.checks is None else (record.checks.duplicated_rows, record.checks.rows))
+    counts = newest(history, 2, _copies)
     if counts is None:
         return None
     if not counts or any(not rows or copies / rows < DUPLICATED_SHARE for copies, rows in counts):
@@ -63,6 +63,14 @@ def rows_duplicated(history: History) -> list[Symptom] | None:
         f"{copies:,} of {rows:,} rows equal another row of their micro-batch in every input (bound: {DUPLICATED_SHARE:.0%}, twice in a row)"
     )
     return [Symptom(message, evidence={"duplicated_rows": float(copies), "rows": float(rows), "bound": DUPLICATED_SHARE})]
+
+
+def _copies(record: StepRecord) -> tuple[int, int] | None:
+    """Return copied rows, and rows. Rows whose audio is constant are alike because of that, and none of them counts as a copy."""
+    checks = record.checks
+    if checks is None:
+        return None
+    return (0 if checks.audio is not None and checks.audio.constant else checks.duplicated_rows), checks.rows
 
 
 def _outside_vocabulary(record: StepRecord) -> int | None:
@@ -131,7 +139,8 @@ RULES = (
         advice="Look for a dataset that was joined with itself, a sampler with replacement, and augmentation that is meant to make "
         "copies differ and does not (a random generator that every worker seeds alike).",
         threshold="At least a quarter of the rows are copies, in 2 sampled steps in a row. In a shuffled data set without copies there "
-        "are none at all; a few come with real data.",
+        "are none at all; a few come with real data. Steps with a clip of one value everywhere count none: rows may be alike because "
+        "of it.",
         check=rows_duplicated,
     ),
 )

@@ -37,19 +37,20 @@ def labels_all_masked(history: History) -> list[Symptom] | None:
 
 def padding_in_loss(history: History) -> list[Symptom] | None:
     """Judge labels at padding positions, runs of the padding id among the labels, and what the loss audit says."""
-    labels, kinds = _labels(history.last), _audit_kinds(history.last)
+    labels, checks = _labels(history.last), history.last.checks
     if labels is None and history.last.loss_audit is None:
         return None
-    if labels is not None and labels.labelled:
-        if labels.on_padding:
-            message = f"{labels.on_padding:,} of {labels.labelled:,} labels lie where attention_mask is 0 (there should be none)"
-            return [Symptom(message, evidence={"on_padding": float(labels.on_padding), "labelled": float(labels.labelled)})]
+    if labels is not None and checks is not None and labels.labelled:
+        if labels.on_padding is not None and labels.on_padding > checks.rows:
+            message = f"{labels.on_padding:,} of {labels.labelled:,} labels lie where attention_mask is 0 (bound: {checks.rows:,}, one a row)"
+            return [Symptom(message, evidence={"on_padding": float(labels.on_padding), "rows": float(checks.rows)})]
         runs = (labels.padding_runs or 0) / labels.labelled
         if runs > PADDING_RUN_SHARE:
             message = f"{runs:.1%} of the labels repeat the padding id right after a padding id (bound: {PADDING_RUN_SHARE:.0%})"
             evidence = {"padding_runs": float(labels.padding_runs or 0), "labelled": float(labels.labelled), "bound": PADDING_RUN_SHARE}
             return [Symptom(message, evidence=evidence)]
-    if "padding" in kinds:
+    by_mask = labels is not None and labels.on_padding is not None
+    if "padding" in _audit_kinds(history.last) and not by_mask:
         return [Symptom(_cause(history.last, "padding"))]
     return []
 
@@ -163,8 +164,9 @@ RULES = (
         "the real tokens depends on how long the longest row of a batch is.",
         advice="Mask it in the collator: labels[attention_mask == 0] = -100 (labels.masked_fill(mask.ne(1), -100) for padded Whisper "
         "labels). Comparing with pad_token_id alone would also mask the end of the text where both are the same token.",
-        threshold="No label may lie where the attention mask is 0. Without a mask: more than 1 % of the labels repeat the padding id "
-        "right after a padding id; a real text may do that once in a while.",
+        threshold="More labels lie where the attention mask is 0 than there are rows: one a row may be the end of the text, where it "
+        "shares its id with the padding. Without a mask: more than 1 % of the labels repeat the padding id right after a padding id (a "
+        "real text may do that once in a while), or the loss audit finds padding in the loss.",
         check=padding_in_loss,
     ),
     Rule(
