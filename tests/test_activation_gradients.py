@@ -106,6 +106,15 @@ def test_outputs_without_a_graph_are_named(trains: bool) -> None:
     assert ("nothing in it or before it trains" in why) != trains
 
 
+def test_a_module_that_raised_is_no_call() -> None:
+    """Without an output there is nothing to hook, and nothing to say."""
+    made, buffer = watched()
+    see(made, buffer, SITES[1], None)
+    made.step_end(StepEnd(), buffer)
+    assert buffer.totals.reasons == {}
+    assert ORDER not in buffer.totals.facts
+
+
 def test_no_hook_on_a_leaf() -> None:
     """A module that returns a parameter is not hooked: the hook would stay on it for ever."""
     made, buffer = watched()
@@ -150,8 +159,10 @@ def test_an_error_in_the_hook_stays_out_of_the_backward(monkeypatch: pytest.Monk
     """It switches this part off, is said once, and the gradient arrives all the same."""
     said: list[str] = []
     made, buffer = watched(said.append)
+    asked: list[Tensor] = []
 
     def fail(gradient: Tensor) -> Tensor:
+        asked.append(gradient)
         raise RuntimeError("made to fail")
 
     monkeypatch.setattr("probe.capture.observers.activation_gradients.norm_of", fail)
@@ -161,7 +172,7 @@ def test_an_error_in_the_hook_stays_out_of_the_backward(monkeypatch: pytest.Monk
         see(made, buffer, SITES[1], output)
         output.sum().backward()
     assert torch.equal(x.grad, torch.full((4,), 2.0))
-    assert len(said) == 1
+    assert len(said) == len(asked) == 1
 
 
 def test_a_hook_is_one_operation_on_a_device() -> None:
