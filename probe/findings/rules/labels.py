@@ -42,7 +42,8 @@ def padding_in_loss(history: History) -> list[Symptom] | None:
         return None
     if labels is not None and checks is not None and labels.labelled:
         if labels.on_padding is not None and labels.on_padding > checks.rows:
-            message = f"{labels.on_padding:,} of {labels.labelled:,} labels lie where attention_mask is 0 (bound: {checks.rows:,}, one a row)"
+            bound = f"bound: {checks.rows:,}, one a row"
+            message = f"{labels.on_padding:,} of {labels.labelled:,} labels lie where attention_mask is 0 ({bound})"
             return [Symptom(message, evidence={"on_padding": float(labels.on_padding), "rows": float(checks.rows)})]
         runs = (labels.padding_runs or 0) / labels.labelled
         if runs > PADDING_RUN_SHARE:
