@@ -56,7 +56,7 @@ def _added(tokenizer: Any) -> tuple[int, ...] | None:
     if not isinstance(beyond, Mapping) or not isinstance(base, int):
         return None
     known = _loaded_with(tokenizer)
-    if known is None and getattr(tokenizer, "name_or_path", ""):
+    if known is None and getattr(tokenizer, "name_or_path", None):
         return None
     if known is None:
         known = {_content(token) for token in beyond.values() if getattr(token, "special", True)}
