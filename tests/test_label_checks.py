@@ -100,6 +100,19 @@ def test_common_prefix_equals_a_plain_loop() -> None:
     assert {-1, 0, 1, 2, 3, 4} <= seen
 
 
+@pytest.mark.parametrize(
+    ("rows", "expected"),
+    [
+        ([[1, 2, -100, 5], [1, 2, -100, 6]], 2),  # ends at the first gap
+        ([[-100, -100, 1], [1, 1, 2]], 1),  # a row that begins late is short
+        ([[-100, 1, 2], [-100, -100, -100], [1, 3, -100]], 1),  # a row without labels does not count
+    ],
+)
+def test_where_a_prefix_ends(rows: list[list[int]], expected: int) -> None:
+    """A prefix ends at the first gap and at the end of the shortest row; rows without labels do not count."""
+    assert int(common_prefix(torch.tensor(rows))) == expected == prefix_by_hand(torch.tensor(rows))
+
+
 @pytest.mark.parametrize("shape", [(1, 5), (2, 0), (0, 3)])
 def test_too_little_has_no_prefix(shape: tuple[int, int]) -> None:
     """One row, rows without positions, and no row at all say nothing."""

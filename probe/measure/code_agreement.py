@@ -49,8 +49,6 @@ def reference_agreement(frames: CodeFrames) -> Tensor:
         float64 (2,), ``COLUMNS``.
     """
     count, books = frames.codes_NK.shape
-    if count == 0:
-        return torch.zeros(len(COLUMNS), dtype=torch.float64, device=frames.codes_NK.device)
     place_N = torch.arange(count, device=frames.codes_NK.device)
     segment_N = torch.where(frames.valid_N, frames.segment_N, count)  # what is no frame goes to a segment past the end
     lengths_G = _added(segment_N, torch.ones_like(segment_N), count + 1)
@@ -69,9 +67,7 @@ def reference_agreement(frames: CodeFrames) -> Tensor:
     sample_N = sample_G.gather(0, segment_N)
     reference_N = reference_B.gather(0, sample_N)
     offset_N = place_N - starts_G.gather(0, segment_N)
-    in_both_N = (
-        targets_G.gather(0, segment_N) & frames.valid_N & pairs_B.gather(0, sample_N) & (offset_N < lengths_G.gather(0, reference_N))
-    )
+    in_both_N = targets_G.gather(0, segment_N) & pairs_B.gather(0, sample_N) & (offset_N < lengths_G.gather(0, reference_N))
     partner_N = (starts_G.gather(0, reference_N) + offset_N).clamp(max=count - 1)
     equal_N = (frames.codes_NK == frames.codes_NK.index_select(0, partner_N)).sum(1)
 
