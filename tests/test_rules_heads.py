@@ -37,8 +37,7 @@ def test_a_uniform_codebook() -> None:
     assert dead(bad, books(FINE, FINE, FINE, FINE), bad) == []
     assert dead(*[books(GUESS, replace(GUESS, entropy=UNIFORM * (1 - 1.1e-6)), GUESS, GUESS)] * 3) == []
     assert dead(*[books(flat, flat, flat, flat)] * 3) == []
-    assert dead(*[books(GUESS, replace(flat, labelled=15), GUESS, GUESS)] * 3) == []
-    assert dead(*[books(GUESS, replace(flat, labelled=16), GUESS, GUESS)] * 3) == [("warning", "audio_lm_head, codebook 1")]
+    assert dead(*[books(GUESS, replace(flat, labelled=1), GUESS, GUESS)] * 3) == [("warning", "audio_lm_head, codebook 1")]
     assert dead(*[books(GUESS, flat, GUESS, GUESS)] * 3) == [("warning", "audio_lm_head, codebook 1")]
     two = [("warning", f"audio_lm_head, codebook {k}") for k in (1, 2)]
     assert dead(*[books(FINE, flat, flat, replace(FINE, entropy=None))] * 3) == two
@@ -72,6 +71,18 @@ def test_a_codebook_that_stays_a_guess() -> None:
     assert dead(*[books(GUESS, GUESS, GUESS, GUESS)] * 3) == []
 
 
+def test_a_mean_takes_some_labels() -> None:
+    """A loss of fewer than 16 labels says nothing; such steps, and those in which the codebook has none, are passed over."""
+    learnt = replace(FINE, loss=0.8 * UNIFORM)
+    found = [("warning", "audio_lm_head, codebook 1")]
+    bad, few, none = (books(learnt, each, learnt) for each in (replace(GUESS, labelled=16), replace(GUESS, labelled=15), Accuracy(0)))
+    assert dead(bad, bad, bad) == found
+    assert dead(few, few, few) == []
+    assert dead(bad, few, bad, none, bad) == found
+    assert dead(bad, bad, bad, none, few) == found
+    assert dead(bad, bad, bad, books(learnt, replace(GUESS, loss=0.5 * UNIFORM), learnt)) == []
+
+
 def test_a_codebook_stuck_on_one_token() -> None:
     """Where one token makes up 99 % it is enough that half of the others have learnt something, and are not stuck themselves."""
     some = replace(FINE, loss=0.95 * UNIFORM)
@@ -99,6 +110,11 @@ def test_codebooks_of_which_nothing_is_known() -> None:
     assert dead(*[books(FINE, FINE, FINE, FINE)] * 3) == []
     grown = books(FINE, flat), books(FINE, FINE, flat), books(FINE, FINE, flat)
     assert dead(*grown) == []
+    assert dead(*grown, grown[-1]) == [("warning", "audio_lm_head, codebook 2")]
+    assert dead(*[books(GUESS, replace(GUESS, entropy=UNIFORM), replace(GUESS, entropy=None))] * 3) == [
+        ("warning", "audio_lm_head, codebook 1")
+    ]
+    assert dead(*[books(replace(GUESS, entropy=None), replace(GUESS, entropy=UNIFORM))] * 3) == []
 
 
 STUCK = Accuracy(40, 4.0, 0.1, entropy=1.0, top_token_share=0.96)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from statistics import median
 
 from probe.findings.rule import History, Rule, Symptom
-from probe.findings.rules.streaks import newest, spanning
+from probe.findings.rules.streaks import spanning
 from probe.records import Accuracy, Head, StepRecord
 
 RECORDS = 3
@@ -35,7 +36,7 @@ VARIED_SHARE = 0.5
 """Share of the most frequent prediction below which predictions count as varied."""
 
 LABELLED = 16
-"""Labelled positions of a step that it takes."""
+"""Labelled positions of a step that shares and means take."""
 
 LATE_STEPS, LATE_RECORDS = 1000, 8
 """Steps after the warm-up by which a model trained from scratch predicts more than its most frequent token."""
@@ -48,11 +49,14 @@ def codebook_dead(history: History) -> list[Symptom] | None:
         return None
     found = []
     for head in heads:
-        rows = newest(history, RECORDS, lambda record, site=head.site: _books(record, site))  # type: ignore[misc]
-        for k in range(len(head.codebooks)) if rows else ():
-            told = [_dead(books, k, math.log(vocabulary)) for books, vocabulary in rows or () if k < len(books)]
-            if len(told) == RECORDS and all(told):
-                found.append(_codebook(head, k, told[-1]))
+        for k in range(len(head.codebooks)):
+            seen = [book for record in history.records if (book := _book(record, head.site, k)) is not None]
+            uniform, labelled = seen[-RECORDS:], [book for book in seen if book.this.labelled >= LABELLED][-RECORDS:]
+            for rows, judge in ((uniform, _uniform), (labelled, _no_better)):
+                told = [judge(book) for book in rows]
+                if len(told) == RECORDS and all(told):
+                    found.append(_codebook(head, k, rows[-1].this, told[-1]))
+                    break
     return found
 
 
@@ -77,42 +81,54 @@ def prediction_collapsed(history: History) -> list[Symptom] | None:
     return found
 
 
-def _books(record: StepRecord, site: str) -> tuple[tuple[Accuracy, ...], int] | None:
-    """Return the codebooks of a head and the size of their vocabulary; ``None`` where they have no loss."""
+@dataclass(frozen=True, slots=True)
+class _Book:
+    """One codebook of a record, the others of its head that have a loss, and log V, the loss of a guess."""
+
+    this: Accuracy
+    others: tuple[Accuracy, ...]
+    guess: float
+
+
+def _book(record: StepRecord, site: str, k: int) -> _Book | None:
+    """Return a codebook; ``None`` where it has no loss, or is the only one that has."""
     head = next((head for head in record.heads if head.site == site), None)
-    if head is None or len(head.codebooks) < 2 or not head.shape or not any(each.loss is not None for each in head.codebooks):
+    if head is None or k >= len(head.codebooks) or not head.shape or head.codebooks[k].loss is None:
         return None
     width, books = head.shape[-1], len(head.codebooks)
-    apart = (
-        len(head.shape) > 1 and head.shape[-2] == books
-    )  # (..., K, V); as many rows by chance are taken for it, which misses a step at worst
-    vocabulary = width if apart else width // books
-    return (head.codebooks, vocabulary) if vocabulary > 1 else None
+    # (..., K, V), or (..., K * V). As many rows as codebooks by chance are taken for the former: that misses a step at worst.
+    vocabulary = width if len(head.shape) > 1 and head.shape[-2] == books else width // books
+    others = tuple(each for index, each in enumerate(head.codebooks) if index != k and each.loss is not None)
+    return _Book(head.codebooks[k], others, math.log(vocabulary)) if vocabulary > 1 and others else None
 
 
-def _dead(books: tuple[Accuracy, ...], k: int, uniform: float) -> str:
-    """Return why a codebook is dead in one record, or "". ``uniform``: log V, the loss of a guess."""
-    this, others = books[k], [each for index, each in enumerate(books) if index != k and each.loss is not None]
-    if this.loss is None or this.labelled < LABELLED or not others:
+def _uniform(book: _Book) -> str:
+    """Return what is to be said if all tokens are equally likely to a codebook and not to all others; else ""."""
+    bound = book.guess * (1 - UNIFORM)
+    flat, others = book.this.entropy, [each.entropy for each in book.others if each.entropy is not None]
+    return (
+        "all its tokens are equally likely to it, to six digits"
+        if flat is not None and flat >= bound and others and min(others) < bound
+        else ""
+    )
+
+
+def _no_better(book: _Book) -> str:
+    """Return what is to be said if a codebook is no better than a guess and the others are; else ""."""
+    this, reached = book.this, median(each.loss for each in book.others if each.loss is not None)
+    if this.loss is None or this.loss < book.guess * (1 - UNIFORM):
         return ""
-    entropies = [each.entropy for each in others if each.entropy is not None]
-    if this.entropy is not None and this.entropy >= uniform * (1 - UNIFORM) and any(e < uniform * (1 - UNIFORM) for e in entropies):
-        return "all its tokens are equally likely to it, to the last digit"
-    if this.loss < uniform * (1 - UNIFORM):
-        return ""
-    reached = median(each.loss for each in others if each.loss is not None)
-    no_better = f"its loss {this.loss:.3f} is no better than a guess ({uniform:.3f})"
-    if reached <= LEARNT_MUCH * uniform:
+    no_better = f"its loss {this.loss:.3f} is no better than a guess ({book.guess:.3f})"
+    if reached <= LEARNT_MUCH * book.guess:
         return f"{no_better}, and half of the others are at {reached:.3f} and below"
-    shares = [each.top_token_share for each in others if each.top_token_share is not None]
+    shares = [each.top_token_share for each in book.others if each.top_token_share is not None]
     stuck = this.top_token_share is not None and this.top_token_share >= STUCK_SHARE
-    if stuck and reached <= LEARNT * uniform and shares and median(shares) < OTHERS_SHARE:
+    if stuck and reached <= LEARNT * book.guess and shares and median(shares) < OTHERS_SHARE:
         return f"{no_better}, and {this.top_token_share:.0%} of its predictions are one token"
     return ""
 
 
-def _codebook(head: Head, k: int, why: str) -> Symptom:
-    this = head.codebooks[k]
+def _codebook(head: Head, k: int, this: Accuracy, why: str) -> Symptom:
     numbers = {"codebook": float(k), "loss": this.loss, "entropy": this.entropy, "top_token_share": this.top_token_share}
     evidence = {name: number for name, number in numbers.items() if number is not None}
     return Symptom(f"codebook {k}: {why}, in {RECORDS} sampled steps in a row", f"{head.site}, codebook {k}", evidence)
@@ -172,10 +188,11 @@ RULES = (
         meaning="One codebook of the audio head learns nothing while the others do. The codec adds that codebook's noise to every frame.",
         advice="Compare the codebook's labels and head rows with those of its neighbours: offset in a joint vocabulary (k * "
         "codebook_size), delay pattern, a loss weight of 0, a slice of the head that was not loaded from the checkpoint.",
-        threshold="In 3 sampled steps in a row: its predicted distribution is uniform to six digits (no random head is); or its loss "
-        "stays at log V and above, as of a guess, while half of the others are below 0.8 log V; or that while 99 % of its predictions "
-        "are one token, those of the others are not (median below 90 %), and half of them are below 0.95 log V. Residual codebooks are "
-        "harder the later they come, but each beats a guess as soon as it knows which codes are frequent.",
+        threshold="In 3 sampled steps in a row: its predicted distribution is uniform to six digits (no random head's is), and not "
+        "that of all others; or, with at least 16 labels, its loss stays at log V and above, as of a guess, while half of the others "
+        "are below 0.8 log V; or that while 99 % of its predictions are one token, those of the others are not (median below 90 %), "
+        "and half of them are below 0.95 log V. Residual codebooks are harder the later they come, but each beats a guess as soon as "
+        "it knows which codes are frequent.",
         check=codebook_dead,
     ),
     Rule(
