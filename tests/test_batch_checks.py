@@ -392,6 +392,56 @@ def test_reference_codes_against_target_codes(make: Callable[[bool], tuple[Model
     assert Bench(facts, (TEXT_HEAD,)).of(text()).reference_compared is None
 
 
+@pytest.mark.parametrize("target_first", [False, True])
+def test_frames_without_a_placeholder_belong_to_nothing(target_first: bool) -> None:
+    """Frames beyond the placeholders, and beyond the tokens, leave the segments as they are."""
+    half, more = random(1, 5, 2, high=30, seed=3), random(1, 9, 2, high=30, seed=4)
+    codes = torch.cat([half, half, more], 1)
+    labels = codes.clone()
+    labels[:, slice(5, 10) if target_first else slice(0, 5)] = -100
+    batch = {"input_ids": torch.tensor([[*[50] * 5, 2, *[50] * 5, 3]]), "audio_input_ids": codes, "audio_labels": labels}
+    found = Bench(CODEC, (TEXT_HEAD, AUDIO_HEAD)).of(batch)
+    assert (found.reference_compared, found.reference_matches) == (1, 1)
+
+
+def _changed(name: str, value: Tensor) -> tuple[ModelFacts, Batch]:
+    facts, batch = (_joined if name in ("label_audio_ids", "audio_in_ids", "audio_out_ids_start") else _rows)(True)
+    return facts, {**batch, name: value}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("audio_input_ids_mask", torch.ones(2, 9, dtype=torch.bool)),
+        ("audio_labels", torch.ones(2, 9, 2, dtype=torch.long)),
+        ("audio_labels", None),
+        ("input_ids", torch.full((3, 20), 50)),
+        ("input_ids", None),
+        ("label_audio_ids", torch.ones(2, 9, dtype=torch.long)),
+        ("audio_in_ids", torch.ones(3, 5, dtype=torch.long)),
+        ("audio_out_ids_start", None),
+    ],
+)
+def test_codes_that_do_not_fit_are_not_compared(name: str, value: Tensor) -> None:
+    """Where labels, mask, ids or codes are of other shapes, or missing, nothing is compared, and nothing fails."""
+    facts, batch = _changed(name, value)
+    assert Bench(facts, (TEXT_HEAD, AUDIO_HEAD)).of(batch).reference_compared is None
+
+
+def test_more_segments_than_placeholders() -> None:
+    """Segments of codes for which no placeholder stands in the ids belong to no sample."""
+    facts, batch = _joined(True)
+    batch = {**batch, "input_ids": torch.tensor([[1, 60, 2, 61], [1, 2, 3, 4], [1, 61, 2, 5]])}
+    found = Bench(facts, (TEXT_HEAD, AUDIO_HEAD)).of(batch)
+    assert (found.reference_compared, found.reference_matches) == (1, 1)
+
+
+def test_a_model_that_predicts_no_audio_has_no_reference() -> None:
+    """All audio of such a model is input, whatever is called a label of audio."""
+    _, batch = _rows(True)
+    assert Bench(FACTS, (TEXT_HEAD,)).of(batch).reference_compared is None
+
+
 def test_inputs_that_only_training_step_saw_are_checked_too() -> None:
     """Labels that label smoothing took out of the forward's arguments are found in the batch."""
     bench = Bench()

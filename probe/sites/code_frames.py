@@ -51,20 +51,15 @@ def _rows(codes_BFK: Tensor, ids_BS: Tensor, inputs: Mapping[str, Any], facts: M
         return None
     valid_N = torch.ones_like(codes_BFK[..., 0], dtype=torch.bool).view(-1) if mask is None else mask.reshape(-1) != 0
     slots_BS = _any_of(ids_BS, facts.audio_placeholders)
-    runs_N, slots_N = _runs(slots_BS), slots_BS.reshape(-1)
     # The k-th frame of the batch stands at its k-th placeholder, whose run is its segment.
-    place_N = torch.where(slots_N, slots_N.cumsum(0) - 1, slots_N.shape[0])
-    run_of_slot = torch.full((slots_N.shape[0] + 1,), -1, dtype=torch.int64, device=ids_BS.device).scatter_(0, place_N, runs_N)
-    run_of_slot[-1] = -1
-    rank_N = (valid_N.cumsum(0) - 1).clamp(0, slots_N.shape[0])
-    segment_N = run_of_slot.gather(0, rank_N)
+    segment_N = _of_slots(slots_BS, _runs(slots_BS), valid_N.cumsum(0) - 1, none=-1)
     labelled_N = (labels[1] != _IGNORED).flatten(2).any(-1).view(-1) if labels[1].dim() > 2 else (labels[1] != _IGNORED).view(-1)
     return CodeFrames(
         codes_NK=codes_BFK.reshape(-1, books),
         segment_N=segment_N.clamp(min=0),
         sample_N=torch.arange(samples, device=ids_BS.device).repeat_interleave(width),
         labelled_N=labelled_N,
-        valid_N=valid_N & (segment_N >= 0) & (segment_N < valid_N.shape[0]),
+        valid_N=valid_N & (segment_N >= 0),
         samples=samples,
     )
 
@@ -100,12 +95,16 @@ def _segments(codes_Kn: Tensor, starts: Any, slots_BS: Tensor) -> tuple[Tensor, 
         0, starts.long().clamp(0, count), starts.long() * 0 + 1
     )
     segment_n = (marks[:count].cumsum(0) - 1).clamp(min=0)
-    slots_N = slots_BS.reshape(-1)
-    place_N = torch.where(slots_N, slots_N.cumsum(0) - 1, slots_N.shape[0])
-    owner = torch.arange(samples, device=slots_BS.device).repeat_interleave(width)
-    sample_of = torch.full((slots_N.shape[0] + 1,), samples, dtype=torch.int64, device=slots_BS.device).scatter_(0, place_N, owner)
-    sample_of[-1] = samples
-    return segment_n, sample_of.gather(0, segment_n.clamp(max=slots_N.shape[0]))
+    owner_N = torch.arange(samples, device=slots_BS.device).repeat_interleave(width)
+    return segment_n, _of_slots(slots_BS, owner_N, segment_n, none=samples)
+
+
+def _of_slots(slots_BS: Tensor, values_N: Tensor, rank_n: Tensor, *, none: int) -> Tensor:
+    """Return for each rank k the value of the k-th slot of the batch, row by row; ``none`` where there are no more slots."""
+    slots_N, count = slots_BS.reshape(-1), slots_BS.numel()
+    place_N = torch.where(slots_N, slots_N.cumsum(0) - 1, count + 1)  # what is no slot is written to a place that is never read
+    table = torch.full((count + 2,), none, dtype=torch.int64, device=slots_BS.device).scatter_(0, place_N, values_N)
+    return table.gather(0, rank_n.clamp(0, count))
 
 
 def _runs(slots_BS: Tensor) -> Tensor:
