@@ -48,6 +48,7 @@ def test_merged_ranks_decide_together() -> None:
     assert two.wishes == []
     two.stopping.agree("", sampled=False)
     assert two.wishes == [False]
+    assert two.lines == []
     two.stopping.agree("", sampled=True)
     assert two.wishes == [False]
     assert not two.stopping.wanted("critical finding x")
