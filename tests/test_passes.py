@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 import costs
 from probe.capture.arguments import by_name
@@ -186,24 +186,32 @@ def test_what_is_kept_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked[3] == 64 * 4 * 7
 
 
-def test_one_pass_is_held_at_a_time() -> None:
-    """When a pass begins, the logits and the changed inputs of those before are gone."""
+def test_one_pass_is_held_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the inputs of a pass are made, and when it begins, the memory of those before is free: their logits, their changed inputs."""
     model, inputs = Model(), batch()
-    made_before: list[weakref.ref[Tensor]] = []
+    earlier: list[StorageWeakRef] = []
     alive: list[int] = []
-    forward = model.forward
+    forward, intervene = model.forward, passes.intervene
+
+    def look() -> None:
+        alive.append(sum(not storage.expired() for storage in earlier))
 
     def noting(input_features: Tensor, labels: Tensor) -> Any:
-        alive.append(sum(each() is not None for each in made_before))
+        look()
         output = forward(input_features, labels)
-        made_before.append(weakref.ref(output["logits"]))
+        earlier.append(StorageWeakRef(output["logits"].untyped_storage()))
         if input_features is not inputs["input_features"]:
-            made_before.append(weakref.ref(input_features))
+            earlier.append(StorageWeakRef(input_features.untyped_storage()))
         return output
 
+    def changing(*args: Any, **kwargs: Any) -> Any:
+        look()
+        return intervene(*args, **kwargs)
+
     model.forward = noting  # type: ignore[method-assign]
+    monkeypatch.setattr(passes, "intervene", changing)
     assert made(model, inputs).sums
-    assert alive == [0, 0, 0, 0]
+    assert len(earlier) == 7 and alive == [0] * 7
 
 
 def test_nothing_waits_for_the_device() -> None:

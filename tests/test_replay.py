@@ -216,6 +216,15 @@ def test_the_autocast_of_the_call_is_that_of_the_pass() -> None:
     assert model.head.weight.grad is not None
 
 
+def test_the_autocast_cache_is_cleared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Older torch would hand a weight that was cast without a graph to the next forward with one: after autocast nothing stays cast."""
+    cleared: list[bool] = []
+    monkeypatch.setattr(torch, "clear_autocast_cache", lambda: cleared.append(True))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again(call_of(Model(), features(), autocast=torch.bfloat16))
+        assert cleared == [True]
+
+
 def test_compiled_parts_run_eagerly(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where something is compiled, the pass runs under the stance that runs it eagerly, and only then."""
     opened: list[str] = []

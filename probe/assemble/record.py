@@ -19,7 +19,7 @@ from probe.merge.packing import HostStep
 from probe.records import StepRecord
 
 _GRADIENTS = ("activation_gradients", "reference_gradient")
-_BY_HOOKS = ("inputs", "statistics", "heads", "attention", "branches", "checks", "audio_checks", "modes", *_GRADIENTS)
+_BY_HOOKS = ("inputs", "statistics", "heads", "attention", "branches", "counterfactual", "checks", "audio_checks", "modes", *_GRADIENTS)
 _ROLES_WORTH_NAMING = ("audio_encoder", "projector", "attention", "lm_head")
 
 

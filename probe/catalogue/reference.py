@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from probe.catalogue.metric import POSITIVE, SHARE, Metric
 
-_OVER = "over the labelled tokens of the step's last micro-batch of every rank, run again without gradients and in eval mode"
+_OVER = (
+    "over the labelled tokens of those samples of the step's last micro-batch, of every rank, that the change reaches; run again without "
+    "gradients and in eval mode"
+)
 _CHANGES = {
     "swap": "another sample's audio in the place of its own",
     "silence": "silence in the place of the audio",

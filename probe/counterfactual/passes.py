@@ -112,9 +112,8 @@ def run_passes(call: RootCall, conditions: Sequence[Condition], experiment: Expe
         if isinstance(changed, str):
             outcome.reasons[what] = changed
             continue
-        del replaced
         _compare(what, before, changed, experiment, outcome, reached_B=reached_B)
-        del changed  # its logits, before the next pass makes its own
+        del changed, replaced  # before the next ones are made
     return outcome
 
 
