@@ -286,6 +286,8 @@ def test_audio_labels_are_counted_over_real_frames() -> None:
     assert Bench().of(batch).audio_labels is None
     only_audio = Bench(CODEC, (AUDIO_HEAD,)).of({"input_ids": random(2, 4), "labels": random(2, 4, 2)})
     assert (only_audio.audio_labels, only_audio.labels) == (16, None)
+    one_codebook = Bench(replace(CODEC, codebooks=1), (AUDIO_HEAD,)).of({"input_ids": random(2, 4), "labels": random(2, 4)})
+    assert (one_codebook.audio_labels, one_codebook.labels) == (8, None)
 
 
 def test_clips_of_all_micro_batches_and_ranks() -> None:

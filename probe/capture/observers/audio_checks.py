@@ -73,9 +73,8 @@ class AudioChecker(Watcher):
             bins = mel_bins_in(clips, self._encoder)
             if bins is not None:
                 buffer.totals.tell(MEL_BINS, bins)
-        if clips.numel():
-            sums, maxima = check_waveform(clips) if is_waveform else check_log_mel(clips, self._log_mel)
-            buffer.totals.add(CLIPS.name, sums=sums, maxima=maxima)
+        sums, maxima = check_waveform(clips) if is_waveform else check_log_mel(clips, self._log_mel)
+        buffer.totals.add(CLIPS.name, sums=sums, maxima=maxima)
 
     def _count(self, inputs: Mapping[str, Any], buffer: StepBuffer) -> None:
         ids = inputs.get("input_ids")
