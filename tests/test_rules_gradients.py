@@ -268,8 +268,8 @@ def test_a_learning_rate_of_zero() -> None:
         assert seen("learning-rate-zero", unknown) is None
 
 
-def moved(share: float | None, *, dtype: str = "float32", rate: float = 1e-4, **others: float) -> StepRecord:
-    parts = [Part("rest", 900, 1.0, tensors=5, unchanged_share=share, dtype=dtype)]
+def moved(share: float | None, *, dtype: str = "float32", rate: float = 1e-4, ratio: float | None = 0.0, **others: float) -> StepRecord:
+    parts = [Part("rest", 900, 1.0, tensors=5, unchanged_share=share, dtype=dtype, update_ratio=ratio)]
     parts += [Part(name, 100, 1.0, tensors=2, unchanged_share=value, dtype=dtype) for name, value in others.items()]
     return rates(rate, parts=tuple(parts))
 
@@ -287,6 +287,18 @@ def test_updates_below_the_resolution() -> None:
     assert "100% of projector (float32)" in symptom.message
     assert symptom.evidence["unchanged_share/projector"] == 1.0
     assert "unchanged_share/rest" not in symptom.evidence
+
+
+@pytest.mark.parametrize(
+    ("dtype", "roundoff"), [("float32", 2.0**-24), ("float64", 2.0**-53), ("bfloat16", 2.0**-8), ("float16", 2.0**-11)]
+)
+def test_weights_of_which_some_move(dtype: str, roundoff: float) -> None:
+    """Where the update as a whole is above the roundoff, those that stay have next to no gradient: no finding."""
+    code = "update-lost-to-rounding" if "float16" in dtype else "learning-rate-too-small"
+    assert seen(code, *in_order(*[moved(0.9, dtype=dtype, ratio=roundoff)] * 3)) == []
+    for ratio in (0.99 * roundoff, None):
+        found = seen(code, *in_order(*[moved(0.9, dtype=dtype, ratio=ratio)] * 3))
+        assert [site for _, site in found or ()] == [""]
 
 
 def test_rates_that_are_small_on_purpose() -> None:

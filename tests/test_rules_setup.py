@@ -104,7 +104,10 @@ def test_adapters_that_are_switched_off() -> None:
     """All of them, and they are to train; one that is on, or adapters that are not to train, are no finding."""
     assert seen("adapters-without-effect", adapted(adapters_disabled=4)) == [("critical", "")]
     assert seen("adapters-without-effect", adapted(adapters_disabled=3)) == []
-    assert seen("adapters-without-effect", adapted(replace(ADAPTERS, tensors=0), adapters_disabled=4)) == []
+    frozen, trained = replace(ADAPTERS, tensors=0, without_gradient=None), Part("rest", 10, 1.0, without_gradient=0, tensors=2)
+    assert seen("adapters-without-effect", adapted(frozen, trained, adapters_disabled=4)) == []
+    assert seen("adapters-without-effect", adapted(frozen, adapters_disabled=4)) == [("critical", "")]
+    assert seen("adapters-without-effect", adapted(frozen)) == []
     assert seen("adapters-without-effect", record(modes=Modes(adapters=4))) is None
     assert seen("adapters-without-effect", record(parts=(ADAPTERS,))) is None
 

@@ -49,16 +49,16 @@ def module_in_eval_mode(history: History) -> list[Symptom] | None:
 
 
 def adapters_without_effect(history: History) -> list[Symptom] | None:
-    """Judge adapters that train: all switched off, without any gradient, or with output weights that stay 0."""
+    """Judge adapters that train, or should because nothing else does: all switched off, without a gradient, or with weights that stay 0."""
     modes, part = history.last.modes, _adapters(history.last)
     if modes is None or part is None:
         return None
-    if not modes.adapters or not part.tensors:
+    if not modes.adapters or not (part.tensors or _nothing_trains(history.last)):
         return []
     evidence = {"adapters": float(modes.adapters)}
     if modes.adapters_disabled == modes.adapters:
         return [Symptom(f"all {modes.adapters} adapters are switched off", evidence=evidence)]
-    if part.without_gradient is not None and part.without_gradient == part.tensors and _others_learn(history.last):
+    if part.tensors and part.without_gradient == part.tensors and _others_learn(history.last):
         return [Symptom(f"none of the {part.tensors} tensors of the adapters received a gradient", evidence=evidence)]
     updates = sum(_updated(record) for record in history.records[:-1])
     if modes.adapters_zero == modes.adapters and updates >= UPDATES:
@@ -73,6 +73,11 @@ def _dropout(modes: Modes) -> dict[str, float]:
 
 def _adapters(record: StepRecord) -> Part | None:
     return next((part for part in record.parts if part.name == "adapters"), None)
+
+
+def _nothing_trains(record: StepRecord) -> bool:
+    """Tell whether no parameter trains at all: PEFT freezes the adapters that it switches off."""
+    return not any(part.tensors for part in record.parts)
 
 
 def _others_learn(record: StepRecord) -> bool:

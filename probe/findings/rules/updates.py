@@ -16,6 +16,10 @@ MOST = 0.5
 DECAYED = 0.1
 """Share of the largest learning rate of the window below which it is taken to decay on purpose."""
 
+ROUNDOFF = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24, "float64": 2.0**-53}
+"""Half a unit in the last place of 1 (unit roundoff): what the update as a whole must be below, by the norm of the weights. In a head most
+rows may have next to no gradient and stay, while the others move."""
+
 _HALF = ("bfloat16", "float16")
 
 
@@ -73,7 +77,8 @@ def _shares(history: History, record: StepRecord, *, half: bool) -> dict[str, fl
 def _measured(record: StepRecord, *, half: bool) -> Iterator[tuple[str, float]]:
     for part in record.parts:
         if part.unchanged_share is not None and (part.dtype in _HALF) is half:
-            yield part.name, part.unchanged_share
+            moves = part.update_ratio is not None and part.update_ratio >= ROUNDOFF.get(part.dtype, 0.0)
+            yield part.name, 0.0 if moves else part.unchanged_share
 
 
 def _elements(part: Part) -> float:
@@ -107,9 +112,9 @@ RULES: tuple[Rule, ...] = (
         "among the optimizer's parameters.",
         advice="If it is one part only: does the optimizer have its parameters (its param_groups), with a learning rate of their own? Else "
         "raise the learning rate: float32 resolves a ten-millionth of a weight.",
-        threshold="More than half of the sampled elements with a gradient other than 0 are bit for bit what they were before the "
-        "step, in 3 "
-        "sampled steps in a row after the warm-up, at a learning rate of at least a tenth of the largest in the window.",
+        threshold="More than half of the sampled elements with a gradient other than 0 are bit for bit what they were before the step, "
+        "and the update as a whole is below the unit roundoff of the weights (2**-24 in float32) by its norm; in 3 sampled steps in a row "
+        "after the warm-up, at a learning rate of at least a tenth of the largest in the window.",
         check=learning_rate_too_small,
     ),
     Rule(
@@ -122,8 +127,8 @@ RULES: tuple[Rule, ...] = (
         "weights, stochastic "
         "rounding or Kahan summation (with the latter two this finding tells of single steps, not of their sum), or a larger "
         "learning rate.",
-        threshold="As for learning-rate-too-small, of weights in bfloat16 or float16. Critical if it is more than half of all trained "
-        "elements in half precision, else a warning.",
+        threshold="As for learning-rate-too-small, of weights in bfloat16 (unit roundoff 2**-8) or float16 (2**-11). Critical if it is "
+        "more than half of all trained elements in half precision, else a warning.",
         check=update_lost_to_rounding,
     ),
 )
