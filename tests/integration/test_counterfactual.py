@@ -16,6 +16,7 @@ import models
 import probe
 from models.case import Case
 from models.running import VARIANTS, RunResult, assert_identical, run
+from probe.capture.buffer import StepBuffer
 from probe.catalogue.reference import reference_detail_metrics, reference_metrics
 from probe.counterfactual.groups import by_group
 from probe.observation import Observation
@@ -501,3 +502,25 @@ def test_nothing_is_kept_between_steps() -> None:
     run(case, seed=SEED, attach=attach, built=lambda trainer: trainer.add_callback(Looking()), max_steps=2, gradient_accumulation_steps=2)
     attached[0].detach()
     assert held == [False] * 4
+
+
+def test_the_budget_gets_back_what_was_reserved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the passes keep while they run counts against the buffer's budget, and no longer when they have ended."""
+    reserved: list[int] = []
+    released: list[int] = []
+    reserve, release = StepBuffer.reserve, StepBuffer.release
+
+    def noting(self: StepBuffer, what: str, nbytes: int) -> bool:
+        if what in ("counterfactual", "counterfactual/text/divergence"):
+            reserved.append(nbytes)
+        return reserve(self, what, nbytes)
+
+    def giving(self: StepBuffer, nbytes: int) -> None:
+        released.append(nbytes)
+        release(self, nbytes)
+
+    monkeypatch.setattr(StepBuffer, "reserve", noting)
+    monkeypatch.setattr(StepBuffer, "release", giving)
+    _, records = observed(models.CASES["whisper"], max_steps=1)
+    assert records[0].counterfactual is not None
+    assert len(reserved) == 2 and sum(reserved) in released
