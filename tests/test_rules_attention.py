@@ -128,6 +128,7 @@ def test_the_usual_sink_of_language_models(kind: str) -> None:
     assert beside(0.4, 0.5, 0.9) == []
     assert beside(0.4, 0.49, 0.9) == found
     assert beside(0.97) == []
+    assert beside(0.6, 0.99) == []
     assert beside(0.99) == [*found, ("warning", "layers.1")]
     assert beside() == found
     assert three("attention-on-first-token", stuck, Attention("layers.1", kind, "", 1, keys=8)) == found

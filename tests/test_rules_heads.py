@@ -40,7 +40,9 @@ def test_a_uniform_codebook() -> None:
     assert dead(*[books(GUESS, replace(flat, labelled=1), GUESS, GUESS)] * 3) == [("warning", "audio_lm_head, codebook 1")]
     assert dead(*[books(GUESS, flat, GUESS, GUESS)] * 3) == [("warning", "audio_lm_head, codebook 1")]
     two = [("warning", f"audio_lm_head, codebook {k}") for k in (1, 2)]
-    assert dead(*[books(FINE, flat, flat, replace(FINE, entropy=None))] * 3) == two
+    assert dead(*[books(GUESS, flat, flat, replace(GUESS, entropy=None))] * 3) == two
+    assert dead(record(), bad, bad, bad) == [("warning", "audio_lm_head, codebook 1")]
+    assert dead(*[books(FINE, flat, shape=(9, 3))] * 3) == []
     (symptom,) = judged("codebook-dead", *in_order(bad, bad, bad)) or ()
     assert symptom.evidence["codebook"] == 1
 
