@@ -149,13 +149,14 @@ def test_adapters_of_peft(name: str) -> None:
     assert set(elements(division, by="layer")) - set(PARTS) <= {n for n, _ in model.named_modules()}
 
 
-@pytest.mark.parametrize("method", ["prompt", "prefix", "ia3"])
+@pytest.mark.parametrize("method", ["prompt", "prefix", "ia3", "adaption"])
 def test_other_adapters_of_peft(method: str) -> None:
     """What PEFT adds beside LoRA (prompts, prefixes, scales) are adapters, too, and nothing else is."""
     peft = pytest.importorskip("peft")
     configs = {
         "prompt": lambda: peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         "prefix": lambda: peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
+        "adaption": lambda: peft.AdaptionPromptConfig(task_type="CAUSAL_LM", adapter_len=2, adapter_layers=1),
         "ia3": lambda: peft.IA3Config(target_modules=["k_proj"], feedforward_modules=[]),
     }
     wrapped = peft.get_peft_model(models.CASES["llama"].build(0), configs[method]())
@@ -163,6 +164,14 @@ def test_other_adapters_of_peft(method: str) -> None:
     division = divided(wrapped)
     adapters = {id(w.parameter) for w in division.weights if division.units[w.unit].part == "adapters"}
     assert trainable == adapters != set()
+
+
+def test_tables_of_positions_are_no_embeddings() -> None:
+    """Whatever they are called in the usual models, learned positions belong to the rest, and tables of tokens do not."""
+    model = nn.Module()
+    for name in ("wpe", "embed_positions", "position_embeddings", "wte", "embed_tokens"):
+        setattr(model, name, nn.Embedding(3, 2))
+    assert elements(divided(model), by="part") == {"embedding": 12, "rest": 18}
 
 
 def test_what_trains_is_counted_as_it_is_now() -> None:
