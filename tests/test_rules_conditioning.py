@@ -262,6 +262,44 @@ def test_audio_that_changes_nothing_at_all() -> None:
     assert seen("reference-ignored", *unmeasured, setup=ENCODER_DECODER) == [("warning", "")]
 
 
+def unreached(*, swap: int | None = 0, reverse: int | None = 0, rows: int = 4, references: int | None = 4, **more: Any) -> StepRecord:
+    effects = tuple(Effect(name, "audio", each, 0) for name, each in (("swap", swap), ("reverse", reverse)) if each is not None)  # type: ignore[arg-type]
+    checks = BatchChecks(rows, reference_matches=0, reference_compared=references)
+    return record(**{"counterfactual": Counterfactual(("audio_input_ids",), effects), "checks": checks, **more})
+
+
+def test_audio_that_is_the_same_in_every_sample() -> None:
+    """Where neither exchanging nor reversing changes anything in three passes, the audio says nothing, and no verdict can be had."""
+    cloner, listener = replace(DECODER, codebooks=8), DECODER
+    same = unreached()
+    assert seen("reference-ignored", *in_order(same, same, same), setup=cloner) == [("critical", "")]
+    assert seen("reference-ignored", *in_order(same, same, same), setup=listener) == [("warning", "")]
+    assert seen("reference-ignored", *in_order(same, same), setup=cloner) is None
+    assert seen("reference-ignored", *in_order(same, same, record(), same), setup=cloner) == [("critical", "")]
+    clips = BatchChecks(4, audio=AudioChecks("log-mel", 4))
+    assert seen("reference-ignored", *in_order(*[unreached(checks=clips)] * 3), setup=cloner) == [("critical", "")]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"swap": 1},
+        {"reverse": 1},
+        {"swap": None},
+        {"reverse": None},
+        {"references": 3},
+        {"references": None},
+        {"rows": 1, "references": 1},
+        {"checks": None},
+    ],
+)
+def test_audio_that_may_say_something(other: dict[str, Any]) -> None:
+    """One sample reached, a change that was not made, a row without audio, or a single row: then nothing is said."""
+    same, may = unreached(), unreached(**other)
+    for order in ((same, same, may), (may, same, same), (same, may, same)):
+        assert seen("reference-ignored", *in_order(*order), setup=replace(DECODER, codebooks=8)) is None
+
+
 def compared(matches: int | None, samples: int | None) -> StepRecord:
     return record(checks=BatchChecks(4, reference_matches=matches, reference_compared=samples))
 

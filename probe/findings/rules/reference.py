@@ -24,7 +24,7 @@ def reference_ignored(history: History) -> list[Symptom] | None:
     """Judge the verdict over the counterfactual passes."""
     verdict = history.last.verdict
     if verdict is None:
-        return None
+        return _says_nothing(history)
     if verdict.use not in ("weak", "ignored"):
         return []
     severity: Severity = _how_lost(history) if verdict.use == "ignored" else "info"
@@ -49,9 +49,36 @@ def reference_is_target(history: History) -> list[Symptom] | None:
     return [Symptom(message, evidence={"reference_matches": float(matches), "reference_compared": float(samples), "bound": MATCHES})]
 
 
+def _says_nothing(history: History) -> list[Symptom] | None:
+    """Return a symptom if the audio cannot be changed by exchanging and reversing it; ``None`` if the newest passes do not tell."""
+    passes = _passes(history)
+    if len(passes) < PASSES or any(not _unchanged(record) for record in passes):
+        return None
+    message = f"in {PASSES} passes in a row the audio of all samples was one and the same, and the same backwards: it says nothing"
+    return [Symptom(message, evidence={"passes": float(PASSES)}, severity=_worst(history))]
+
+
+def _unchanged(record: StepRecord) -> bool:
+    """Say whether exchanging and reversing reached no sample of a step in which every row has audio."""
+    one, checks = record.counterfactual, record.checks
+    if one is None or checks is None or checks.rows < 2:
+        return False
+    owned = max(checks.reference_compared or 0, checks.audio.clips if checks.audio is not None else 0)
+    reached = {name: [effect.samples for effect in one.effects if effect.intervention == name] for name in ("swap", "reverse")}
+    return owned >= checks.rows and all(samples and not any(samples) for samples in reached.values())
+
+
+def _passes(history: History) -> tuple[StepRecord, ...]:
+    return tuple(record for record in history.records if record.counterfactual is not None)[-PASSES:]
+
+
+def _worst(history: History) -> Severity:
+    return "critical" if is_encoder_decoder(history) or predicts_audio(history) else "warning"
+
+
 def _how_lost(history: History) -> Severity:
     """Return how bad it is that the audio is ignored: at once if it cannot reach the predictions at all, else by how late it is."""
-    worst: Severity = "critical" if is_encoder_decoder(history) or predicts_audio(history) else "warning"
+    worst = _worst(history)
     planned = None if history.setup is None else history.setup.max_steps
     late = planned is not None and history.last.step >= HALF * planned
     return worst if late or _changes_nothing(history) else "warning"
@@ -59,8 +86,8 @@ def _how_lost(history: History) -> Severity:
 
 def _changes_nothing(history: History) -> bool:
     """Say whether the newest passes gave the same losses to the last bit, whatever was done to the audio."""
-    passes = [record.counterfactual for record in history.records if record.counterfactual is not None][-PASSES:]
-    effects = [effect for one in passes for effect in one.effects if effect.delta_loss is not None]
+    passes = [record.counterfactual for record in _passes(history)]
+    effects = [effect for one in passes if one is not None for effect in one.effects if effect.delta_loss is not None]
     return len(passes) == PASSES and bool(effects) and all(_nothing(effect) for effect in effects)
 
 
@@ -88,8 +115,9 @@ RULES = (
         "well, the task can be solved without the audio: use references of many speakers, longer ones, and mask less of the target.",
         threshold="The verdict is `ignored` (its own page says when; not before a model has had time to learn to listen); `weak` is "
         "worth knowing only. Critical at once where three passes give the same losses to the last bit: then no way leads from the "
-        "audio to the predictions. Else a warning up to half of the planned training, critical after. Never worse than a warning for "
-        "models that have a text prompt to go by and predict only text.",
+        "audio to the predictions. So too where three passes can change nothing by exchanging the audio of all rows, and by reversing "
+        "it: then it is the same in all of them. Else a warning up to half of the planned training, critical after. Never worse than a "
+        "warning for models that have a text prompt to go by and predict only text.",
         check=reference_ignored,
     ),
     Rule(
