@@ -64,6 +64,7 @@ def test_no_gradient_left() -> None:
     assert seen("backward-never-ran", step(*both, optimisation=Optimisation(None), loss_audit=None)) is None
     assert seen("backward-never-ran", step(*both, optimisation=None, loss_audit=None)) is None
     assert seen("backward-never-ran", step(*both, activation_gradients=(ActivationGradient("lm_head", 1, 0.1, 0.1),))) is None
+    assert seen("backward-never-ran", step(*both, loss_audit=None)) == [("critical", "")]
     # A loss that is NaN is no number in the record, but was backpropagated, or not.
     assert seen("backward-never-ran", step(*both, optimisation=Optimisation(None), loss_audit=LossAudit())) == [("critical", "")]
 
@@ -76,6 +77,10 @@ def test_gradients_of_a_loss_of_something_else() -> None:
     perfect = Head("lm_head", "text", 1, accuracy=Accuracy(40, 0.9e-4, 1.0))
     assert seen("loss-not-connected", step(zero(ENCODER), zero(REST), heads=(perfect,))) == []
     assert seen("loss-not-connected", step(zero(ENCODER), zero(REST), heads=())) is None
+    silent = (Head("a", "text", 0), Head("b", "text", 0, accuracy=Accuracy(0)))
+    assert seen("loss-not-connected", step(zero(ENCODER), zero(REST), heads=(*silent, HEAD))) == [("critical", "")]
+    assert seen("loss-not-connected", step(zero(ENCODER), zero(REST), heads=silent)) is None
+    assert seen("loss-not-connected", record(heads=(HEAD,))) is None
     assert seen("loss-not-connected", step(absent(ENCODER), absent(REST))) is None
     assert seen("loss-not-connected", step(zero(ENCODER), replace(REST, gradient_norm=None, nonfinite=True))) is None
 
@@ -92,6 +97,10 @@ def test_a_part_that_is_cut_off() -> None:
     assert seen("part-without-gradient", *in_order(*[step(absent(ENCODER), zero(REST))] * 2)) is None
     assert seen("part-without-gradient", *in_order(*[step(absent(ENCODER), replace(REST, without_gradient=None))] * 2)) is None
     assert seen("part-without-gradient", record()) is None
+    # Steps in which nothing could be read, the part was not there, or nothing had a gradient do not count.
+    for between in (record(), step(REST), step(absent(ENCODER), absent(REST)), step(absent(ENCODER), replace(REST, without_gradient=None))):
+        assert seen("part-without-gradient", *in_order(bad, between, bad)) == [("critical", "audio_encoder")]
+        assert seen("part-without-gradient", *in_order(between, bad)) == []
 
 
 def test_a_part_whose_gradient_is_zero() -> None:
@@ -114,6 +123,8 @@ def test_adapters_have_a_finding_of_their_own() -> None:
     [
         ({"conditioning": Conditioning("encoder", 0)}, False),
         ({"conditioning": Conditioning("encoder", 1)}, True),
+        ({"conditioning": Conditioning("", 0)}, True),
+        ({"checks": BatchChecks(4, audio=AudioChecks("log-mel", 4, placeholders=0))}, True),
         ({"checks": BatchChecks(4, audio=AudioChecks("log-mel", 4, placeholders=0, frames=8))}, False),
         ({"checks": BatchChecks(4, audio=AudioChecks("log-mel", 4, placeholders=8, frames=8))}, True),
         ({"branches": (Branches("layer", 9, 0),)}, False),
@@ -149,6 +160,21 @@ def test_single_layers() -> None:
     assert symptom.evidence == {"layers": 2.0}
 
 
+def test_layers_that_cannot_be_judged() -> None:
+    """Without layers, or where one could not be read, nothing is said of them; without sites they are taken to have run."""
+    bad = layered(1)
+    for other in (replace(bad, layers=()), replace(bad, layers=(replace(bad.layers[0], without_gradient=None), *bad.layers[1:]))):
+        assert seen("part-without-gradient", *in_order(bad, bad, other)) == []
+        assert seen("part-without-gradient", *in_order(bad, bad, bad, other)) == []
+        assert seen("part-without-gradient", *in_order(bad, other, bad)) == []
+        assert seen("part-without-gradient", *in_order(bad, other, bad, bad)) == [("warning", "layers.1")]
+    assert seen("part-without-gradient", *in_order(*[replace(bad, statistics=())] * 3)) == [("warning", "layers.1")]
+    whole = replace(bad, statistics=(SiteStatistics("layers.1", "custom", 0),))
+    assert seen("part-without-gradient", *in_order(whole, whole, whole)) == []
+    frozen = replace(bad, layers=(*bad.layers, Part("layers.9", 100, 0.0)))
+    assert seen("part-without-gradient", *in_order(frozen, frozen, frozen)) == [("warning", "layers.1")]
+
+
 def test_layers_that_change() -> None:
     """Where not always the same layers lack a gradient, one must lack it eight times in a row."""
     changing = [layered(1), layered(1, 2), layered(1), layered(1, 3)]
@@ -181,6 +207,16 @@ def test_gradients_that_are_not_finite() -> None:
     assert seen("gradient-not-finite", *in_order(NAN, FINE, FINE, NAN)) == []
     assert seen("gradient-not-finite", record(parts=(Part("rest", 100, 1.0, None, tensors=5),))) is None
     assert seen("gradient-not-finite", record()) is None
+
+
+def test_gradients_that_were_not_read() -> None:
+    """Frozen parts and unread ones say nothing; a part may be known to be broken without being read."""
+    unread = record(parts=(Part("rest", 100, 1.0, None, tensors=5, nonfinite=True), Part("lm_head", 10, 0.0, without_gradient=0)))
+    assert seen("gradient-not-finite", *in_order(unread, unread)) == [("critical", "")]
+    assert seen("gradient-not-finite", record(parts=(Part("lm_head", 10, 0.0, without_gradient=0),))) is None
+    bare = replace(NAN, optimisation=None)
+    assert seen("gradient-not-finite", *in_order(bare, bare)) == [("critical", "")]
+    assert seen("gradient-exploding", bare) is None
 
 
 def test_where_it_begins() -> None:
@@ -224,6 +260,12 @@ def test_an_explosion_that_lasts() -> None:
     assert seen("gradient-exploding", *in_order(*[FINE] * 8, large, gradients(90.0))) == []
 
 
+def test_clipping_that_is_open_is_no_standard() -> None:
+    """A finding that clipping opened holds no median."""
+    opened = Finding("gradient-exploding", "warning", "", 9, "", {"clipped_by": 2000.0})
+    assert seen("gradient-exploding", *in_order(*[FINE] * 8, replace(FINE, findings=(opened,)), gradients(101.0))) == [("warning", "")]
+
+
 def test_a_gradient_that_is_clipped_away() -> None:
     """By more than a thousand, three times in a row."""
     away, nearly = gradients(2.0, clipped=1.9e-3), gradients(2.0, clipped=2.1e-3)
@@ -231,6 +273,9 @@ def test_a_gradient_that_is_clipped_away() -> None:
     assert seen("gradient-exploding", *in_order(away, away)) == []
     assert seen("gradient-exploding", *in_order(away, nearly, away)) == []
     assert seen("gradient-exploding", *in_order(*[gradients(2.0, clipped=0.0)] * 3)) == []
+    unknown = replace(away, optimisation=None)
+    assert seen("gradient-exploding", *in_order(away, unknown, away)) == []
+    assert seen("gradient-exploding", *in_order(away, unknown, away, away)) == [("warning", "")]
 
 
 def faded(share: float, *, first: float | None = None) -> StepRecord:
@@ -248,6 +293,10 @@ def test_a_gradient_that_vanishes() -> None:
     assert seen("gradient-vanishing", *in_order(bad, faded(0.0), bad, every=5)) == []
     assert seen("gradient-vanishing", *in_order(bad, bad, faded(0.0), every=5)) is None
     assert seen("gradient-vanishing", record(activation_gradients=bad.activation_gradients[:1])) is None
+    silent = record(activation_gradients=(bad.activation_gradients[0], ActivationGradient("lm_head", 1, 0.0, 0.0)))
+    assert seen("gradient-vanishing", silent) is None
+    unread = record(activation_gradients=(ActivationGradient("encoder", 1, nonfinite=1), *bad.activation_gradients))
+    assert seen("gradient-vanishing", *in_order(unread, unread, unread, every=5)) == [("warning", "layers.0")]
     assert seen("gradient-vanishing", record()) is None
 
 
@@ -260,6 +309,7 @@ def test_a_learning_rate_of_zero() -> None:
     none = rates(0.0, 0.0)
     assert seen("learning-rate-zero", *in_order(none, none, none)) == [("critical", "")]
     assert seen("learning-rate-zero", *in_order(none, none)) == []
+    assert seen("learning-rate-zero", *in_order(none, none, every=40)) == []
     assert seen("learning-rate-zero", *in_order(none, none, rates(0.0, 1e-9))) == []
     assert seen("learning-rate-zero", *in_order(none, rates(1e-9), none)) == []
     assert seen("learning-rate-zero", *in_order(none, none, none, every=50), setup=DECODER) == []

@@ -44,6 +44,7 @@ def test_a_loss_that_is_not_finite() -> None:
     assert seen("loss-not-finite", *in_order(NAN, FINE, FINE, NAN)) == []
     assert seen("loss-not-finite", *in_order(*[audited(None, loss=None)] * 2)) == [("critical", "")]
     assert seen("loss-not-finite", record()) is None
+    assert seen("loss-not-finite", replace(FINE, heads=())) == []
     (symptom,) = judged("loss-not-finite", *in_order(NAN, NAN)) or ()
     assert symptom.message == "because of nonfinite, in 2 of the newest 2 sampled steps"
 
@@ -54,6 +55,8 @@ def test_logits_of_a_loop_of_ones_own() -> None:
     masked = Head("lm_head", "text", 1, nonfinite=7, accuracy=Accuracy(40, 2.0))
     assert seen("loss-not-finite", *repeated(2, heads=(broken,))) == [("critical", "")]
     assert seen("loss-not-finite", *repeated(2, heads=(masked,))) == []
+    assert seen("loss-not-finite", *repeated(2, heads=(replace(broken, nonfinite=0),))) == []
+    assert seen("loss-not-finite", *repeated(2, heads=(replace(broken, accuracy=None),))) == []
     assert seen("loss-not-finite", *repeated(2, heads=(broken,), loss_audit=FINE.loss_audit)) == []
 
 
@@ -78,6 +81,14 @@ def test_a_loss_that_is_off(kind: str) -> None:
     assert seen("loss-off", *in_order(FINE, audited(1.3, kind))) == []
     assert seen("loss-off", *in_order(audited(1.3, kind), NAN)) is None
     assert seen("loss-off", *in_order(audited(1.3, kind), NAN, audited(1.3, kind))) == [("warning", "")]
+
+
+def test_the_cause_that_is_told() -> None:
+    """Of several the first that has no finding of its own; without an audit nothing is known."""
+    (symptom,) = judged("loss-off", *in_order(*[audited(1.3, "shift", "items", "ranks")] * 2)) or ()
+    assert symptom.message.endswith("because of items")
+    assert symptom.evidence == {"ratio": 1.3, "backpropagated": 2.0, "expected": 2.0}
+    assert seen("loss-off", record()) is None
 
 
 @pytest.mark.parametrize("kind", ["masked", "nonfinite", "accumulation", "shift", "padding", "audio", "log"])
@@ -109,6 +120,8 @@ def test_audio_labels_that_are_all_masked() -> None:
     assert seen("audio-loss-missing", *in_order(none, none)) == []
     assert seen("audio-loss-missing", *in_order(none, none, spoken(1))) == []
     assert seen("audio-loss-missing", *in_order(*[spoken(0, text=0)] * 3)) == []
+    unlabelled = replace(none, checks=BatchChecks(4, audio_labels=0))
+    assert seen("audio-loss-missing", *in_order(*[unlabelled] * 3)) == []
     assert seen("audio-loss-missing", *in_order(none, none, spoken(None))) is None
     assert seen("audio-loss-missing", record()) is None
 
@@ -121,6 +134,13 @@ def test_an_audio_head_that_is_not_called() -> None:
     assert seen("audio-loss-missing", *in_order(idle, spoken())) == []
     evaluated = replace(idle, heads=(Head("audio_head", "audio", 0, accuracy=Accuracy(24, 3.0)),))
     assert seen("audio-loss-missing", *in_order(evaluated, evaluated)) == []
+    beside = replace(evaluated, heads=(idle.heads[0], *evaluated.heads), activation_gradients=idle.activation_gradients[:1])
+    assert seen("audio-loss-missing", *in_order(beside, beside)) == []
+    nothing = replace(idle, heads=(idle.heads[0], Head("audio_head", "audio", 0, accuracy=Accuracy(0))))
+    assert seen("audio-loss-missing", *in_order(nothing, nothing)) == [("critical", "")]
+    unscored = replace(idle, heads=(idle.heads[0], Head("audio_head", "audio", 1)))
+    assert seen("audio-loss-missing", *in_order(unscored, unscored)) == []
+    assert seen("audio-loss-missing", *in_order(*[spoken(0, calls=0)] * 2)) == []
     both = (*idle.heads, Head("audio_head_2", "audio", 1, accuracy=Accuracy(24, 3.0)))
     another = replace(idle, heads=both, activation_gradients=())
     assert seen("audio-loss-missing", *in_order(another, another)) == []
@@ -172,6 +192,7 @@ def test_the_first_site_that_is_not_finite() -> None:
     assert seen("activation-not-finite", outputs(site("layers.0"))) == []
     assert seen("activation-not-finite", outputs(site("layers.0"), broken("lm_head", role="lm_head"))) == []
     assert seen("activation-not-finite", outputs(broken("layers.0", calls=0))) is None
+    assert seen("activation-not-finite", outputs(broken("layers.0", elements=0))) is None
     assert seen("activation-not-finite", record()) is None
 
 
@@ -187,7 +208,15 @@ def test_values_that_nothing_looks_at() -> None:
     """While loss and gradient are finite it is a warning."""
     learns = {"optimisation": Optimisation(2.0), "parts": (Part("rest", 10, 1.0, 0, 0.1, tensors=2),)}
     assert seen("activation-not-finite", outputs(broken("layers.0"), **learns)) == [("warning", "layers.0")]
-    for untold in ({"optimisation": Optimisation(None)}, {"parts": ()}, {"parts": (Part("rest", 10, 1.0, 0, 0.1, 2, nonfinite=True),)}):
+    frozen, unread = Part("lm_head", 10, 0.0, gradient_norm=0.1), Part("rest", 10, 1.0, None, None, tensors=2)
+    for untold in (
+        {"parts": (frozen,)},
+        {"parts": (unread,)},
+        {"optimisation": None},
+        {"optimisation": Optimisation(None)},
+        {"parts": ()},
+        {"parts": (Part("rest", 10, 1.0, 0, 0.1, 2, nonfinite=True),)},
+    ):
         assert seen("activation-not-finite", outputs(broken("layers.0"), **{**learns, **untold})) == [("critical", "layers.0")]
 
 
@@ -217,6 +246,20 @@ def test_an_explosion_that_lasts() -> None:
     assert seen("activation-exploding", *in_order(*sizes(*[1.0] * 8), large, *sizes(90.0))) == []
 
 
+def test_what_an_explosion_is_held_against() -> None:
+    """Records without the output, or with one that is not finite, are passed over; what is open at another site is no standard."""
+    elsewhere = Finding("activation-exploding", "warning", "layers.9", 9, "", {"median": 1e-3})
+    by_dtype = Finding("activation-exploding", "warning", "layers.0", 9, "", {"largest": 4e4})
+    last = replace(sizes(1.0)[0], findings=(elsewhere, by_dtype))
+    before = sizes(*[1.0] * 7, None)
+    assert seen("activation-exploding", *in_order(*before, last, *sizes(1.5))) == []
+    assert seen("activation-exploding", *in_order(*before, last, *sizes(101.0))) == [("warning", "layers.0")]
+    calm = [outputs(site("layers.0"), site("layers.1")) for _ in range(8)]
+    assert seen("activation-exploding", *in_order(*calm, outputs(site("layers.0"), site("layers.1", 101.0)))) == [("warning", "layers.1")]
+    broken_too = outputs(broken("layers.0"), site("layers.1", 101.0))
+    assert seen("activation-exploding", *in_order(*calm, broken_too)) == [("warning", "layers.1")]
+
+
 def test_the_end_of_float16() -> None:
     """A value beyond half of the largest, whatever came before; bfloat16 reaches further."""
     for least, most, found in ((-1.0, 32_753.0, True), (-32_753.0, 1.0, True), (-1.0, 32_752.0, False), (None, None, False)):
@@ -237,6 +280,9 @@ def test_a_layer_that_gives_nothing() -> None:
     for role in ("audio_encoder", "projector", "feed_forward", "lm_head"):
         assert not seen("activation-vanishing", *in_order(*[outputs(site("layers.0"), replace(small, role=role))] * 3))
     assert seen("activation-vanishing", *in_order(*[outputs(other)] * 3)) is None
+    unknown = outputs(broken("layers.0"), site("layers.1"), small)
+    assert seen("activation-vanishing", *in_order(unknown, unknown, unknown)) == [("warning", "layers.1")]
+    assert seen("activation-vanishing", *in_order(*[outputs(broken("layers.0"), other)] * 3)) is None
     assert seen("activation-vanishing", *in_order(*[outputs(replace(small, calls=0), other)] * 3)) is None
 
 

@@ -89,6 +89,8 @@ def test_modules_in_eval_mode() -> None:
     many = judged("module-in-eval-mode", modes(in_eval_mode=tuple(f"norm{index}" for index in range(11)))) or []
     assert len(many) == 8
     assert many[0].message.endswith("(and 3 more modules)")
+    assert many[0].message.startswith("norm0 has parameters")
+    assert all(each.message.endswith("forwards") for each in judged("module-in-eval-mode", modes(in_eval_mode=("a",) * 8)) or ())
 
 
 ADAPTERS = Part("adapters", 1000, 1.0, without_gradient=0, tensors=8, gradient_norm=0.1)
@@ -108,8 +110,13 @@ def test_adapters_that_are_switched_off() -> None:
     assert seen("adapters-without-effect", adapted(frozen, trained, adapters_disabled=4)) == []
     assert seen("adapters-without-effect", adapted(frozen, adapters_disabled=4)) == [("critical", "")]
     assert seen("adapters-without-effect", adapted(frozen)) == []
+    assert seen("adapters-without-effect", adapted(replace(frozen, without_gradient=0))) == []
+    assert seen("adapters-without-effect", adapted(adapters=0)) == []
+    behind = replace(adapted(adapters_disabled=4), parts=(trained, ADAPTERS))
+    assert seen("adapters-without-effect", behind) == [("critical", "")]
     assert seen("adapters-without-effect", record(modes=Modes(adapters=4))) is None
     assert seen("adapters-without-effect", record(parts=(ADAPTERS,))) is None
+    assert seen("adapters-without-effect", record(parts=(trained,), modes=Modes(adapters=4, adapters_disabled=4))) is None
 
 
 def test_adapters_without_a_gradient() -> None:
@@ -122,6 +129,9 @@ def test_adapters_without_a_gradient() -> None:
     assert seen("adapters-without-effect", adapted(without, optimisation=loop)) == []
     learning = Part("rest", 10, 1.0, without_gradient=0, tensors=2)
     assert seen("adapters-without-effect", adapted(without, learning, optimisation=loop)) == [("critical", "")]
+    for silent in (replace(learning, without_gradient=2), replace(learning, tensors=0, without_gradient=None)):
+        assert seen("adapters-without-effect", adapted(without, silent, optimisation=loop)) == []
+    assert seen("adapters-without-effect", replace(adapted(without, learning), optimisation=None)) == []
 
 
 def test_adapters_that_stay_zero() -> None:
@@ -132,6 +142,8 @@ def test_adapters_that_stay_zero() -> None:
     assert seen("adapters-without-effect", *in_order(zero, zero, adapted(adapters_zero=3))) == []
     no_rate = replace(zero, optimisation=Optimisation(2.0, (0.0,)))
     assert seen("adapters-without-effect", *in_order(no_rate, zero, zero)) == []
+    for unknown in (replace(zero, optimisation=None), replace(zero, parts=())):
+        assert seen("adapters-without-effect", *in_order(unknown, zero, zero)) == []
     skipped = adapted(replace(ADAPTERS, nonfinite=True), adapters_zero=4)
     assert seen("adapters-without-effect", *in_order(skipped, zero, zero)) == []
 

@@ -124,12 +124,13 @@ def _layers(history: History) -> list[Symptom]:
     flickers = len(set(known)) > 1
     if flickers and len(known) < FLICKERING:
         return []
-    count = FLICKERING if flickers else ZERO
-    always = frozenset.intersection(*known[-count:]) - names
+    newest_ones = known[-FLICKERING:]
+    always = frozenset.intersection(*newest_ones) - names
     within = [row for row in history.last.layers if row.name in always]
     if not within:
         return []
-    message = f"{len(within)} layers have no gradient in {count} sampled steps in a row, and others have one; the first is {within[0].name}"
+    found = f"{len(within)} layers have no gradient in {len(newest_ones)} sampled steps in a row"
+    message = f"{found}, and others have one; the first is {within[0].name}"
     return [Symptom(message, within[0].name, {"layers": float(len(within))}, "warning")]
 
 

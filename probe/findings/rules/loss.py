@@ -104,7 +104,7 @@ def _idle_head(record: StepRecord) -> str | None:
 
 def _head_without_gradient(record: StepRecord) -> str | None:
     """Return the audio head without a gradient while another head has one, "" if all is well, ``None`` if that cannot be told."""
-    norms = {row.site: row.norm for row in record.activation_gradients if not row.nonfinite}
+    norms = {row.site: row.norm for row in record.activation_gradients}
     audio = [head.site for head in record.heads if head.modality == "audio" and head.calls]
     if not audio or not any(norms.get(head.site) for head in record.heads if head.modality != "audio"):
         return None

@@ -29,7 +29,7 @@ def learning_rate_zero(history: History) -> list[Symptom] | None:
     if rates is None:
         return None
     end = history.setup.max_steps if history.setup is not None else None
-    if not rates or any(map(any, rates)) or history.last.step < RECORDS or (end is not None and history.last.step >= end):
+    if not rates or any(map(any, rates)) or (end is not None and history.last.step >= end):
         return []
     return [
         Symptom(f"the learning rate of every parameter group is 0, in {RECORDS} sampled steps in a row (now step {history.last.step:,})")
@@ -62,7 +62,7 @@ def _unmoved(history: History, *, half: bool, why: str) -> list[Symptom] | None:
         f"an update leaves weights with a gradient as they were: {told} (bound: {MOST:.0%}), in {RECORDS} sampled steps in a row; {why}"
     )
     evidence = {**{f"unchanged_share/{name}": rows[-1][name] for name in stuck}, "bound": MOST, "learning_rate": _rate(history.last)}
-    return [Symptom(message, evidence=evidence, severity=None if lost > MOST or not half else "warning")]
+    return [Symptom(message, evidence=evidence, severity=None if lost > MOST else "warning")]
 
 
 def _shares(history: History, record: StepRecord, *, half: bool) -> dict[str, float] | None:
@@ -100,8 +100,8 @@ RULES: tuple[Rule, ...] = (
         meaning="The learning rate is 0: the training goes on and nothing is learned.",
         advice="Look at learning_rate, at the scheduler (steps or epochs? made for another number of steps?) and at what a "
         "resume restored.",
-        threshold="Exactly 0 in every parameter group, in 3 sampled steps in a row, the last of them not before step 3 (a warm-up begins "
-        "with 0) and not at the end of the training.",
+        threshold="Exactly 0 in every parameter group, in 3 sampled steps in a row (a warm-up begins with 0 once), the last of them "
+        "not at the end of the training.",
         check=learning_rate_zero,
     ),
     Rule(
