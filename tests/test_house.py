@@ -38,7 +38,19 @@ MAY_IMPORT: dict[str, set[str]] = {
     "diagnosis": {"capture", "findings", "records"},
     "publication": {"observation", "capture", "diagnosis", "records", "sections", "sinks"},
     "registry": set(),
-    "trainer": {"records", "settings", "metrics", "foreign", "capture", "sections", "sinks", "observation", "diagnosis", "publication", "runfacts"}
+    "trainer": {
+        "records",
+        "settings",
+        "metrics",
+        "foreign",
+        "capture",
+        "sections",
+        "sinks",
+        "observation",
+        "diagnosis",
+        "publication",
+        "runfacts",
+    }
     | {"attachment", "sites"},
     "attachment": {"capture", "errors", "merge", "records", "registry", "settings", "sinks", "sites", "trainer"},
     "callbacks": {"errors", "records", "sections", "trainer"},
