@@ -15,7 +15,7 @@ BOOK = 1  # the codebook that is broken
 
 
 def _audio_head(training: Training) -> str:
-    return next(name for name in training.case.heads if "audio" in name)
+    return next(name for name in training.case.heads if "audio" in name.rpartition(".")[2])
 
 
 def codebook_rows_zeroed(training: Training) -> None:
