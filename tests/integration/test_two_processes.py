@@ -209,7 +209,7 @@ def test_only_rank_0_prints_and_writes(merged: Launch) -> None:
         assert f"{section} · step 1 " in merged.stdout[0]
     assert merged.stdout[1] == ""
     run = merged.folder / "whisper" / "watched" / "_probe"
-    assert sorted(path.name for path in run.iterdir()) == ["records-rank00000.jsonl", "run.json"]
+    assert sorted(path.name for path in run.iterdir()) == ["findings.jsonl", "records-rank00000.jsonl", "run.json"]
     assert [(record.step, record.ranks) for record in load(run).records] == [(1, 2), (2, 2), (4, 2)]
 
 
