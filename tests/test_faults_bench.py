@@ -167,6 +167,14 @@ def test_the_page_tells_what_went_wrong() -> None:
     assert "2 (66.7 %)" in text
 
 
+def test_the_page_tells_which_runs_ended_early() -> None:
+    """A run that failed is not taken for a healthy one in silence."""
+    failed = Outcome("whisper/plain", 3, 0, (), (), ("record: switched off: ValueError",), "RuntimeError: no", 1.0)
+    text = page([score(failed)]).split("## Ended early")[1]
+    assert "| `whisper/plain` | 3 | RuntimeError: no; record: switched off: ValueError |" in text
+    assert "Ended early" not in page(scores())
+
+
 def test_a_kind_is_called_like_its_function() -> None:
     """Names and notes are taken from the injection."""
 

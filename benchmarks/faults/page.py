@@ -56,6 +56,7 @@ def page(scores: Iterable[Score], *, remarks: str = "", seconds: float | None = 
         _missed(faults),
         "## Not right",
         _wrong(scores),
+        *_problems(scores),
         "## Every fault",
         _every_fault(faults),
         "## Every healthy run",
@@ -125,6 +126,16 @@ def _wrong(scores: Sequence[Score]) -> str:
         if one.wrong
     ]
     return table(("run", "part", "", "critical", "warning"), rows) if rows else "None."
+
+
+def _problems(scores: Sequence[Score]) -> Sequence[str]:
+    """Return a table of the runs that ended early, or in which a part of the probe switched itself off; nothing if there is none."""
+    rows = [
+        (f"`{one.outcome.name}`", str(one.outcome.steps), "; ".join(filter(None, (one.outcome.error, *one.outcome.switched_off))))
+        for one in scores
+        if one.outcome.error or one.outcome.switched_off
+    ]
+    return ("## Ended early", table(("run", "steps", "why"), rows)) if rows else ()
 
 
 def _every_fault(faults: Sequence[Score]) -> str:
