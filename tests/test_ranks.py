@@ -36,8 +36,8 @@ def store_of(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Stores]
         yield lambda: shared
 
 
-def _said(fingerprint: str, every: list[int] | None = None) -> str:
-    return json.dumps([fingerprint, every or [100]])
+def _said(fingerprint: str, every: list[int] | None = None, stop_on: str | None = None) -> str:
+    return json.dumps([fingerprint, every or [100], stop_on])
 
 
 def _settled(
@@ -66,12 +66,15 @@ def test_equal_ranks_are_merged_every_time(store_of: Stores) -> None:
 
 
 def test_other_sites_or_steps_are_named(store_of: Stores) -> None:
-    """A rank with another layout, or another cadence, keeps all apart, and every rank knows which."""
+    """A rank with another layout, another cadence or another ``stop_on`` keeps all apart, and every rank knows which."""
     said = {0: _said("a"), 1: _said("a"), 2: _said("b")}
     assert set(_settled(store_of, said).values()) == {"ranks [2] watch other sites than rank 0: each rank has its own numbers only"}
     said[2] = _said("a", [10, 100])
     answers = set(_settled(store_of, said).values())
     assert answers == {"ranks [2] sample other steps than rank 0 (every [100]): each rank has its own numbers only"}
+    said[2] = _said("a", stop_on="critical")
+    answers = set(_settled(store_of, said).values())
+    assert answers == {"ranks [2] have another stop_on than rank 0 (None): each rank has its own numbers only"}
 
 
 @pytest.mark.parametrize("failing", [0, 2])

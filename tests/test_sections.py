@@ -320,7 +320,7 @@ def test_verification_shows_findings_first() -> None:
     """Open findings come before everything else, with code, site and since when."""
     section = verification.section(whisper_record(findings=(finding(),)))
     assert section.blocks[0] == Note(
-        "warning, encoder-frozen at model.encoder, since step 1: no parameter of the encoder trains", "warning"
+        "warning finding since step 1, encoder-frozen at model.encoder: no parameter of the encoder trains", "warning"
     )
 
 
