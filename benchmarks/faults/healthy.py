@@ -145,7 +145,9 @@ HEALTHY: tuple[Healthy, ...] = (
     *_healthy("plain", "from-random-weights-seed-1", "another seed", _fresh(1), WHISPER, QWEN, HIGGS),
     *_healthy("plain", "long", "120 steps", _with(120), WHISPER, LLAMA, HIGGS),
     *_healthy("plain", "long-from-random-weights", "120 steps from random weights", _fresh(2, 120), QWEN, ORIGINAL),
-    *_healthy("ways", "accumulation-4", "4 micro-batches a step", _with(24, gradient_accumulation_steps=4), QWEN, HIGGS, LLAMA, ORIGINAL),
+    *_healthy(
+        "ways", "accumulation-4", "4 micro-batches a step", _with(24, gradient_accumulation_steps=4), VOXTRAL, HIGGS, LLAMA, ORIGINAL
+    ),
     *_healthy("ways", "lora", "LoRA with dropout, all else frozen", _lora, QWEN, VOXTRAL, LLAMA, HIGGS),
     *_healthy("ways", "encoder-frozen-on-purpose", "the encoder is frozen", _frozen_encoder, WHISPER, VOXTRAL, ORIGINAL),
     *_healthy("ways", "projector-only", "first stage of alignment: only the projector trains", _projector_only, QWEN, VOXTRAL),
