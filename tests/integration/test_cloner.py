@@ -150,7 +150,7 @@ def test_a_dropped_reference_is_not_measured(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "plan"),
     [
-        ("healthy", Plan(speakers=24, texts=8, steps=200, every=50, counterfactual_every=50)),
+        ("healthy", Plan(speakers=24, texts=8, steps=280, every=20, counterfactual_every=20)),
         ("other-speaker", Plan(speakers=24, texts=8, steps=300, every=100, counterfactual_every=100)),
     ],
 )
