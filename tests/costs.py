@@ -32,9 +32,24 @@ def operations(call: Callable[[], Any]) -> int:
     return counter.count
 
 
+def kernels(call: Callable[[], Any]) -> int:
+    """Return how many of them launch work: those whose result is no view of an argument, and that do more than name a tensor anew."""
+    with _Counter() as counter:
+        call()
+    return counter.kernels
+
+
 class _Counter(TorchDispatchMode):
     count = 0
+    kernels = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.count += 1
+        self.kernels += not _aliases(func)
         return func(*args, **(kwargs or {}))
+
+
+def _aliases(func: Any) -> bool:
+    """Tell whether an operator's results are nothing but views of its arguments."""
+    returns = func._schema.returns
+    return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
