@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from probe.capture.cells import Cell
+from probe.capture.cells import Cell, Places
 from probe.capture.microbatch import MicroBatch
 from probe.capture.totals import Totals
 from probe.errors import SiteError
@@ -70,9 +70,10 @@ class StepBuffer:
         self.step: int | None = None
         self.micro_batches: list[MicroBatch] = []
         self._sites = tuple(sites)
-        self._cells = tuple(cells)
+        self._places = Places(cells)
+        self._fixed_bytes = fixed_bytes(cells)
         self._captures: dict[str, list[Capture]] = {}
-        self.totals = Totals(self._cells)
+        self.totals = Totals(self._places)
 
     def __getitem__(self, site: str) -> tuple[Capture, ...]:
         """Return the captures of a site, in the order of its calls; empty if it did not run or no step was observed yet.
@@ -99,14 +100,14 @@ class StepBuffer:
         """Start an empty buffer for a sampled step."""
         self.clear()
         self.step = step
-        self.bytes = fixed_bytes(self._cells)
+        self.bytes = self._fixed_bytes
 
     def clear(self) -> None:
         """Drop everything, references to inputs included."""
         self.step, self.bytes = None, 0
         self.micro_batches = []
         self._captures = {}
-        self.totals = Totals(self._cells)
+        self.totals = Totals(self._places)
 
     def reserve(self, what: str, nbytes: int) -> bool:
         """Count bytes against the budget; if they do not fit, note what is left out and return ``False``."""

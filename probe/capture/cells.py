@@ -7,6 +7,7 @@ is made once, when training begins, from what is the same on every rank; that is
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -38,3 +39,22 @@ class CellValues:
     def minimum(self, column: str) -> float:
         """Return the minimum that the column of ``maxima`` holds negated."""
         return -self.maxima[column]
+
+
+class Places:
+    """Where the columns of each cell stand in the packed vectors: one of all sums, one of all maxima, in the order of the cells."""
+
+    def __init__(self, cells: Sequence[Cell]) -> None:
+        """Lay the cells out one after the other. Names must differ (:func:`probe.merge.layout.make_layout` sees to it)."""
+        self.cells = tuple(cells)
+        self.counts = {cell.name: len(cell.counts) for cell in self.cells}
+        self.sums: dict[str, slice] = {}
+        self.maxima: dict[str, slice] = {}
+        sums = maxima = 0
+        for cell in self.cells:
+            self.sums[cell.name] = slice(sums, sums + len(cell.sums))
+            self.maxima[cell.name] = slice(maxima, maxima + len(cell.maxima))
+            sums, maxima = sums + len(cell.sums), maxima + len(cell.maxima)
+        self.width = (sums, maxima)
+        self.widths = ([len(cell.sums) for cell in self.cells], [len(cell.maxima) for cell in self.cells])
+        self.index = {cell.name: index for index, cell in enumerate(self.cells)}

@@ -37,22 +37,35 @@ def pack(totals: Totals, layout: Layout, *, device: torch.device) -> tuple[Tenso
         device: Where the collectives run.
 
     Returns:
-        float64 (sums + counts,) and float64 (maxima,) on ``device``. Cells that nothing was added to hold 0 and -inf. Does not wait,
-        unless sums of an accelerator are asked for on the CPU (as gloo needs them): then once for each of the two vectors.
+        float64 (sums + counts,) and float64 (maxima,) on ``device`` (for MPS on the CPU), copies. Cells that nothing was added to hold 0
+        and -inf. A few tensor operations, however many cells there are. Does not wait, unless sums of an accelerator are asked for on
+        the CPU (as gloo needs them): then once for each of the two vectors.
 
     Raises:
-        ValueError: if a cell holds another number of columns than the layout says; all-reduces of unequal size would hang the ranks.
+        ValueError: if the totals are of other cells than the layout; all-reduces of unequal size would hang the ranks.
     """
-    home = _home([*totals.sums.values(), *totals.maxima.values()], device)
-    empty = max((max(len(cell.sums), len(cell.maxima)) for cell in layout.cells), default=0)
-    zeros = torch.zeros(empty, dtype=torch.float64, device=home)
-    lows = torch.full((empty,), -torch.inf, dtype=torch.float64, device=home)
-    sums = [_columns(totals.sums.get(cell.name, zeros[: len(cell.sums)]), cell.name, len(cell.sums), home) for cell in layout.cells]
-    maxima = [_columns(totals.maxima.get(cell.name, lows[: len(cell.maxima)]), cell.name, len(cell.maxima), home) for cell in layout.cells]
+    if totals.places.cells != layout.cells:
+        raise ValueError("the totals were made for other cells than the layout")
+    if device.type == "mps":
+        device = torch.device("cpu")  # MPS has no float64
+    home = _home([vectors.sums for vectors in totals.vectors.values()], device)
     counts = torch.tensor([value for cell in layout.cells for value in totals.counts[cell.name]], dtype=torch.float64)
-    if home.type == "cuda":
-        counts = counts.pin_memory()  # from page-locked memory the copy does not wait
-    return torch.cat([*sums, counts.to(home, non_blocking=True)]).to(device), torch.cat([lows[:0], *maxima]).to(device)
+    sums, maxima = _together(totals, home)
+    return torch.cat([sums, _near(counts, home)]).to(device), maxima.to(device)
+
+
+def _together(totals: Totals, home: torch.device) -> tuple[Tensor, Tensor]:
+    """Return all sums, perhaps the totals' own tensor, and a copy of all maxima, float64 at ``home``: the devices' vectors combined."""
+    parts = [(_near(vectors.sums, home), _near(vectors.maxima, home)) for vectors in totals.vectors.values()]
+    if not parts:
+        width, lows = totals.places.width
+        return torch.zeros(width, dtype=torch.float64, device=home), torch.full((lows,), -torch.inf, dtype=torch.float64, device=home)
+    (sums, maxima), *others = parts
+    if not others:
+        return sums, maxima.clone()
+    for more_sums, more_maxima in others:
+        sums, maxima = sums + more_sums, torch.maximum(maxima, more_maxima)
+    return sums, maxima
 
 
 class Transfer:
@@ -66,7 +79,8 @@ class Transfer:
         parts = [sums, maxima, *totals.local.values()]
         home = _home(parts, sums.device)
         with torch.no_grad():
-            self._packed = torch.cat([_wide(tensor, home).reshape(-1) for tensor in parts])
+            # One operation whatever their dtypes: it widens them to the float64 of the first.
+            self._packed = torch.cat([tensor.to(home, non_blocking=home.type != "cpu").reshape(-1) for tensor in parts])
         self._copied = None
         if home.type == "cuda":
             # To the CPU without waiting, torch takes page-locked memory from its cache of such blocks.
@@ -94,14 +108,11 @@ def _home(tensors: Iterable[Tensor], device: torch.device) -> torch.device:
     """
     if device.type != "cpu":
         return device
-    return next((tensor.device for tensor in tensors if tensor.device.type != "cpu"), device)
+    return next((tensor.device for tensor in tensors if tensor.device.type not in ("cpu", "mps")), device)
 
 
-def _columns(tensor: Tensor, name: str, width: int, device: torch.device) -> Tensor:
-    if tuple(tensor.shape) != (width,):
-        raise ValueError(f"cell {name} has {width} columns and holds a tensor of shape {tuple(tensor.shape)}")
-    return _wide(tensor, device)
-
-
-def _wide(tensor: Tensor, device: torch.device) -> Tensor:
-    return tensor.detach().to(device, non_blocking=True).to(torch.float64)
+def _near(tensor: Tensor, home: torch.device) -> Tensor:
+    """Return float64 at ``home``; from the CPU's memory to a CUDA device through page-locked memory, from which the copy does not wait."""
+    if home.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(home, non_blocking=home.type != "cpu").to(torch.float64)

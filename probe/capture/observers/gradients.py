@@ -92,9 +92,8 @@ class GradientWatcher(Watcher):
             self._add(clipped_cell, matrix, facts, found, buffer.totals)
 
     def _add(self, cell: Callable[[str, str], str], matrix: Tensor, facts: Sequence[UnitFacts], found: _Gradients, totals: Totals) -> None:
-        for index, (unit, row) in enumerate(zip(facts, matrix.unbind(0))):
-            if unit.tensors and index not in found.unreadable:
-                totals.add(cell(unit.part, unit.layer), maxima=row)
+        read = (unit.tensors and index not in found.unreadable for index, unit in enumerate(facts))
+        totals.add_rows([cell(unit.part, unit.layer) if ok else None for unit, ok in zip(facts, read)], maxima=matrix)
 
     def _name_missing(self, facts: Sequence[UnitFacts], found: _Gradients, totals: Totals) -> None:
         for part in _parts(facts):

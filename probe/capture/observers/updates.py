@@ -171,9 +171,8 @@ class UpdateWatcher(Watcher):
         total = matrices[0]
         for matrix in matrices[1:]:
             total = total + matrix.to(total.device, non_blocking=True)
-        for index, (unit, row) in enumerate(zip(self._division.units, total.unbind(0))):
-            if index in mine:
-                totals.add(cell(unit.part, unit.layer), maxima=row)
+        units, wanted = self._division.units, set(mine)
+        totals.add_rows([cell(unit.part, unit.layer) if index in wanted else None for index, unit in enumerate(units)], maxima=total)
 
 
 def _weights(sample: _Sample) -> Tensor | None:
