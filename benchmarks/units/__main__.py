@@ -1,0 +1,92 @@
+"""Measures the unit costs on the device at hand: ``python -m benchmarks.units [--only PART ...] [--quick] [--output FILE]``.
+
+Writes ``benchmarks/results/units-<date>-<device>.json``: the measured rows by part, and a list of targets.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import probe
+from benchmarks.units.plan import PARTS, QUICK_PARTS, Measured
+
+RESULTS = Path(__file__).parents[1] / "results"
+
+
+def main() -> None:
+    """Measure, write, and print the targets."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to measure (default: all)")
+    parser.add_argument("--quick", action="store_true", help="few rounds of small sizes, to see that it works; the figures mean nothing")
+    parser.add_argument("--output", type=Path, default=None, help="the file to write (default: by date and device in benchmarks/results)")
+    options = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    output = options.output or RESULTS / f"units-{date.today().isoformat()}-{_short(device)}.json"
+    with tempfile.TemporaryDirectory(prefix="probe-units-") as folder:
+        tempfile.tempdir = folder  # run folders and outputs of all measurements go with it
+        try:
+            report = measure(device, options.only, quick=options.quick)
+        finally:
+            tempfile.tempdir = None
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for one in report["targets"]:
+        verdict = {True: "met", False: "MISSED", None: "not told here"}[one["met"]]
+        print(f"{verdict}: {one['target']} ({one['bound']}): {one['measured']}{' -- ' + one['why'] if one['why'] else ''}")
+    print(f"wrote {output}")
+
+
+def measure(device: torch.device, parts: list[str], *, quick: bool) -> dict[str, Any]:
+    """Run the parts and return what the file holds; a part that fails is named with its error, and the others go on."""
+    chosen = QUICK_PARTS if quick else PARTS
+    report: dict[str, Any] = {"machine": machine(device), "quick": quick, "rows": {}, "seconds": {}, "failed": {}, "targets": []}
+    for name in parts:
+        begin = time.perf_counter()
+        try:
+            found: Measured = chosen[name](device)
+        except Exception as error:
+            report["failed"][name] = f"{type(error).__name__}: {error}"
+            print(f"{name}: failed: {report['failed'][name]}", flush=True)
+            continue
+        report["rows"][name] = found.rows
+        report["targets"] += [asdict(target) for target in found.targets]
+        report["seconds"][name] = round(time.perf_counter() - begin, 1)
+        print(f"{name}: {report['seconds'][name]} s", flush=True)
+    return report
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Return what the figures hold for."""
+    on_gpu = device.type == "cuda"
+    return {
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "cores": os.cpu_count(),
+        "load": [round(value, 2) for value in os.getloadavg()],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "probe": probe.__version__,
+    }
+
+
+def _short(device: torch.device) -> str:
+    if device.type != "cuda":
+        return "cpu"
+    return "".join(letter if letter.isalnum() else "-" for letter in torch.cuda.get_device_name(device).lower())
+
+
+if __name__ == "__main__":
+    main()

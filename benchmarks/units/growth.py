@@ -1,0 +1,185 @@
+"""How the cost of a sampled step grows: with sites, bytes of activations, micro-batches, and along a run."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import probe
+from benchmarks.units.shapes import Workload, llama
+from benchmarks.units.targets import Target
+from benchmarks.units.timing import Estimate, estimate, interleaved, ratio
+from benchmarks.units.training import quiet
+
+LAYERS = (2, 4, 8, 16, 32, 64)
+TOKENS = (256, 512, 1024, 2048, 4096)
+MICRO_BATCHES = (1, 2, 4, 8, 16)
+EARLY, LATE, SPAN = 10, 2000, 100
+MOST_EXPONENT = 1.1
+
+
+@dataclass(frozen=True)
+class Growth:
+    """What the probe adds to a sampled step at several sizes of one thing.
+
+    Attributes:
+        over: The thing.
+        sizes: Its sizes.
+        added_ms: What the probe added, median of paired differences.
+        slope_us: By how much that grows with one more, least squares.
+        fixed_ms: What is left at size 0.
+        exponent: Of the growth from one size to the next, cost less ``fixed_ms``: 1 is linear, with its 95 % interval.
+    """
+
+    over: str
+    sizes: Sequence[int]
+    added_ms: Sequence[float]
+    slope_us: float
+    fixed_ms: float
+    exponent: Estimate
+
+
+@dataclass(frozen=True)
+class Ageing:
+    """The time of sampled steps late in a run over that of early ones."""
+
+    early: str
+    late: str
+    early_ms: float
+    over_early: Estimate
+
+
+def over_sites(device: torch.device, *, layers: Sequence[int] = LAYERS, rounds: int = 12) -> Growth:
+    """Measure Llamas of tiny width with more and more layers: two sites a layer."""
+    added = [_added(llama(vocabulary=256, rows=1, tokens=16, width=64, layers=n), device, rounds=rounds) for n in layers]
+    return fit("sites", [n * 2 for n in layers], added)
+
+
+def over_bytes(device: torch.device, *, tokens: Sequence[int] = TOKENS, rounds: int = 10) -> Growth:
+    """Measure one chain of wide identities, fed more and more: only statistics look at it, and their cost is of its bytes."""
+    added = []
+    for count in tokens:
+        added.append(_added(Workload(f"{count} rows", lambda count=count: _wide(count)), device, rounds=rounds, sites=["body"]))
+    return fit("KiB of an activation", [count * _WIDTH * 4 // 1024 for count in tokens], added)
+
+
+def over_micro_batches(device: torch.device, *, counts: Sequence[int] = MICRO_BATCHES, rounds: int = 10) -> Growth:
+    """Measure steps of more and more micro-batches."""
+    load = llama(vocabulary=256, rows=1, tokens=16, width=64, layers=4)
+    return fit("micro-batches", list(counts), [_added(load, device, rounds=rounds, micro_batches=count) for count in counts])
+
+
+def along_a_run(device: torch.device, *, late: int = LATE, span: int = SPAN) -> Ageing:
+    """Measure a long run of sampled steps: the same steps early and late, each made into a record and judged by all rules."""
+    model, batch = llama(vocabulary=256, rows=1, tokens=16, width=64, layers=2).make()
+    model.to(device)
+    inputs = {key: tensor.to(device) for key, tensor in batch.items()}
+    times: list[float] = []
+    with probe.attach(model, every=1, settings=quiet()) as p:
+        step = _step(model, inputs, p, 1)
+        for _ in range(late + span):
+            times += interleaved({"step": step}, rounds=1, device=device, warm_up=0)["step"]
+    early = times[EARLY : EARLY + span]
+    return Ageing(
+        f"steps {EARLY + 1} to {EARLY + span}",
+        f"steps {late + 1} to {late + span}",
+        statistics.median(early) * 1e3,
+        ratio(times[late : late + span], early),
+    )
+
+
+_WIDTH = 512
+
+
+class _Wide(nn.Module):
+    """A parameter, and an identity that is fed what it scaled."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(()))
+        self.body = nn.Identity()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"loss": self.body(x * self.weight).sum()}
+
+
+def _wide(count: int) -> tuple[nn.Module, dict[str, Tensor]]:
+    torch.manual_seed(0)
+    return _Wide(), {"x": torch.randn(1, count, _WIDTH)}
+
+
+def _added(load: Workload, device: torch.device, *, rounds: int, micro_batches: int = 1, sites: Sequence[str] | None = None) -> list[float]:
+    """Return the seconds that a sampled step takes beyond the plain one next to it, round by round."""
+    model, batch = load.make()
+    model.to(device)
+    inputs = {key: tensor.to(device) for key, tensor in batch.items()}
+    chosen = {"sites": {"custom": list(sites)}} if sites else {}
+    with probe.attach(model, every=1, settings=quiet(), **chosen) as p:
+        calls = {kind: _step(model, inputs, p if kind == "sampled" else None, micro_batches) for kind in ("plain", "sampled")}
+        times = interleaved(calls, rounds=rounds, device=device, warm_up=3)
+    return [a - b for a, b in zip(times["sampled"], times["plain"], strict=True)]
+
+
+def _step(model: nn.Module, inputs: dict[str, Tensor], p: probe.Probe | None, micro_batches: int) -> Callable[[], None]:
+    def step() -> None:
+        model.zero_grad()
+        with nullcontext() if p is None else p.step():
+            for _ in range(micro_batches):
+                model(**inputs)["loss"].backward()
+
+    return step
+
+
+def fit(over: str, sizes: Sequence[int], added: Sequence[Sequence[float]]) -> Growth:
+    """Fit a line to the medians, and the exponent of what grows to what the size is.
+
+    The exponent is of cost less its fixed part, from the second size to the last, for each round of measurements on its own.
+
+    Args:
+        over: What the sizes are of.
+        sizes: At least three, growing.
+        added: For each size the seconds of each round.
+    """
+    middles = [statistics.median(each) for each in added]
+    slope, fixed = _line(sizes, middles)
+    exponents = []
+    for times in zip(*added, strict=True):
+        _, mine = _line(sizes, times)
+        first, last = times[1] - min(mine, 0.9 * times[1]), times[-1] - min(mine, 0.9 * times[1])
+        if first > 0 and last > 0:
+            exponents.append(math.log(last / first) / math.log(sizes[-1] / sizes[1]))
+    return Growth(over, list(sizes), [value * 1e3 for value in middles], slope * 1e6, fixed * 1e3, estimate(exponents))
+
+
+def _line(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
+    """Return slope and value at 0, each point weighted by 1 / size so that small sizes count, too."""
+    weights = [1 / size for size in sizes]
+    total = sum(weights)
+    x = sum(w * s for w, s in zip(weights, sizes, strict=True)) / total
+    y = sum(w * v for w, v in zip(weights, values, strict=True)) / total
+    slope = sum(w * (s - x) * (v - y) for w, s, v in zip(weights, sizes, values, strict=True))
+    slope /= sum(w * (s - x) ** 2 for w, s in zip(weights, sizes, strict=True))
+    return slope, y - slope * x
+
+
+def targets(rows: Sequence[Growth], ageing: Ageing) -> list[Target]:
+    """Judge: linear where the exponent is at most 1.1; flat where late steps take at most 1.1 times as long as early ones."""
+    made = []
+    for row in rows:
+        met = row.exponent.median <= MOST_EXPONENT
+        said = (
+            f"exponent {row.exponent.text()}; {row.slope_us:.3g} us each, {row.fixed_ms:.3g} ms fixed "
+            f"({row.sizes[0]} to {row.sizes[-1]}: {row.added_ms[0]:.3g} to {row.added_ms[-1]:.3g} ms)"
+        )
+        why = "" if met else "it grows faster than the size"
+        made.append(Target(f"growth: linear in {row.over}", f"exponent <= {MOST_EXPONENT}", said, met, why))
+    flat = ageing.over_early.median <= 1.1
+    said = f"{ageing.over_early.text()} ({ageing.late} over {ageing.early}, {ageing.early_ms:.3g} ms)"
+    why = "" if flat else "a late step takes longer than an early one"
+    return [*made, Target("growth: flat in steps", "ratio <= 1.1", said, flat, why)]

@@ -1,0 +1,39 @@
+"""One of the gloo processes: times the probe's own reduction of packed columns. Usage: ranks_worker.py FILE ROUNDS COLUMNS..."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from probe.merge.ranks import Ranks
+
+
+def main() -> None:
+    """Reduce each size so many times, a barrier before each; rank 0 writes its times."""
+    written, rounds, *columns = sys.argv[1:]
+    dist.init_process_group("gloo")
+    place = Ranks(dist.get_rank(), dist.get_world_size())
+    times: dict[str, list[float]] = {}
+    for count in columns:
+        # As in a model's layout, about a quarter of the columns are maxima.
+        sums = torch.ones(int(count) * 3 // 4, dtype=torch.float64)
+        maxima = torch.ones(int(count) // 4, dtype=torch.float64)
+        times[count] = []
+        for i in range(int(rounds) + 3):
+            dist.barrier()
+            begin = time.perf_counter()
+            place.reduce(sums.fill_(1.0), maxima)
+            if i >= 3:
+                times[count].append(time.perf_counter() - begin)
+    if place.rank == 0:
+        Path(written).write_text(json.dumps(times), encoding="utf-8")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
