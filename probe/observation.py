@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from probe.assemble.draft import RunContext
+from probe.assemble.overhead import with_overhead
 from probe.assemble.record import assemble
 from probe.assemble.text import Decoder
 from probe.capture.breaker import Breaker
 from probe.capture.buffer import StepBuffer, fixed_bytes
 from probe.capture.cells import Cell
 from probe.capture.hooks import HookSet
+from probe.capture.meter import Meter
 from probe.capture.observer import Observer, StepEnd
 from probe.capture.observers.activation_gradients import ActivationGradientWatcher
 from probe.capture.observers.adapters import AdapterWatcher
@@ -117,7 +119,9 @@ class Observation:
         self._hooks = _hooks(self.discovery, sites, self._observers, self.breaker)
         layers = [self.discovery.modules[name] for name, site in sites.items() if site.role == "attention"]
         self.window = Window(self._hooks, self.breaker, around=around, compile_mode=options.compile, layers=layers)
-        self.buffer = StepBuffer(budget_bytes=int(options.budget_mib * MIB), sites=tuple(sites), cells=self._layout.cells)
+        self.meter = Meter(self._device())
+        budget = int(options.budget_mib * MIB)
+        self.buffer = StepBuffer(budget_bytes=budget, sites=tuple(sites), cells=self._layout.cells, meter=self.meter)
         reduction = read_reduction(model, self.discovery.sites.sites, self.discovery.facts)
         self._run = replace(self._run, loss_settings=loss, reduction=reduction)
         self._run = replace(self._run, languages=language_tokens(core_model(model), processors))
@@ -126,12 +130,15 @@ class Observation:
     def join(self, every: Collection[int], *, stop_on: str | None = None) -> None:
         """Agree with the other ranks on what is observed, in the steps that these cadences sample, and when to stop. May wait for them.
 
+        What has to stand during the whole training is registered here.
         Called when nothing can fail any more before the first step: ranks that have agreed wait for each other in every sampled step.
         """
+        self.window.begin()
         self.ranks = agree(self._layout.fingerprint(), every=every, stop_on=stop_on)
-        self._counterfactual.begin(every, compiled=self.window.compiled, closed=self.window.closed)
+        self._counterfactual.begin(every, compiled=self.window.compiled, closed=self.window.never_eager)
         alone = {"ranks": self.ranks.reason} if self.ranks.reason else {}
         self._run = replace(self._run, world=self.ranks.world, reasons={**self._run.reasons, **alone})
+        self.meter.restart()
 
     @contextmanager
     def micro_batch(self, step: int, batch: Mapping[str, Any]) -> Iterator[None]:
@@ -139,10 +146,12 @@ class Observation:
 
         If the context is left by an exception, what was captured of the step is dropped: a retry of the step starts afresh.
         """
-        if self.buffer.step != step:
-            self.buffer.open(step)
         try:
-            with self.window.armed(self.buffer, batch=batch):
+            with ExitStack() as stack:
+                with self.meter.section("hooks"):
+                    if self.buffer.step != step:
+                        self.buffer.open(step)
+                    stack.enter_context(self.window.armed(self.buffer, batch=batch))
                 yield
         except BaseException:
             self.buffer.clear()
@@ -172,7 +181,8 @@ class Observation:
         Args:
             still_scaled: Gradients still carry the factor of fp16 training (nothing was clipped, so nothing has divided it out).
         """
-        self.buffer.totals.tell(STILL_SCALED, still_scaled)
+        if self.buffer.step is not None:
+            self.buffer.totals.tell(STILL_SCALED, still_scaled)
         self._tell(lambda observer: observer.before_update(self.buffer))
 
     def after_update(self) -> None:
@@ -189,7 +199,7 @@ class Observation:
         """Let every observer that is on see an event of the step that is being observed, outside any forward."""
         for observer in self._observers if self.buffer.step is not None else ():
             if not self.breaker.is_off(observer.name):
-                with self.breaker.guard(observer.name), torch.no_grad():
+                with self.meter.section(observer.name, launches=True), self.breaker.guard(observer.name), torch.no_grad():
                     event(observer)
 
     def finish(self) -> Measured | None:
@@ -205,7 +215,7 @@ class Observation:
         totals.add("step", counts=[1.0, float(len(self.buffer.micro_batches)), *failed])
         device = self.ranks.device(self._device())
         packed = None
-        with self.breaker.guard("packing"):
+        with self.meter.section("packing", launches=True), self.breaker.guard("packing"):
             packed = pack(totals, self._layout, device=device)
         if packed is None:
             nothing = Totals(self._layout.cells)
@@ -214,7 +224,9 @@ class Observation:
         sums, maxima = packed
         if self.ranks.world > 1 and self.ranks.merged:
             self.ranks.reduce(sums, maxima)
-        return Measured(step, Transfer(totals, self._layout, sums, maxima), len(self.buffer.micro_batches), self.buffer.kept())
+        with self.meter.section("packing", launches=True):
+            transfer = Transfer(totals, self._layout, sums, maxima)
+        return Measured(step, transfer, len(self.buffer.micro_batches), self.buffer.kept())
 
     def any_rank(self, wish: bool) -> bool:
         """Tell whether this rank or, where ranks are merged, any other one wishes something. Every rank has to ask; waits for them."""
@@ -228,16 +240,19 @@ class Observation:
 
         A part that failed on any rank is switched off on this one too: the merged record says so to all of them alike.
         """
+        with self.meter.waiting():
+            measured.transfer.wait()
         host = measured.transfer.result()
         for part in self._parts:
             ranks = host.cells["step"].counts[f"failed:{part}"]
             if ranks and not self.breaker.is_off(part):
                 self.breaker.failures[part] = f"switched off after an error on {int(ranks)} other ranks"
-        return assemble(measured.step, host, self._run, failures=self.breaker.failures, logged=logged)
+        record = assemble(measured.step, host, self._run, failures=self.breaker.failures, logged=logged)
+        return with_overhead(record, self.meter.take())
 
     def close(self) -> None:
         """Remove every hook and let go of inputs and captures."""
-        self._hooks.remove()
+        self.window.end()
         self.buffer.clear()
 
 

@@ -68,7 +68,7 @@ class Publisher:
         """
         waiting, self._waiting = self._waiting, []
         for measured in waiting:
-            with self._breaker.guard("record"):
+            with self._observation.meter.section("publication"), self._breaker.guard("record"):
                 alone = logged[1] if logged is not None and logged[0] == measured.step else None
                 record, events = self._diagnosis.judge(self._observation.record(measured, logged=alone))
                 self._keep(record, measured.forwards > 0)

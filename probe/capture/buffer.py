@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from probe.capture.cells import Cell, Places
+from probe.capture.meter import Meter
 from probe.capture.microbatch import MicroBatch
 from probe.capture.totals import Totals
 from probe.errors import SiteError
@@ -63,9 +64,10 @@ class StepBuffer:
     Inputs are kept by reference; everything the buffer itself holds on to counts against the budget.
     """
 
-    def __init__(self, *, budget_bytes: int, sites: Sequence[str] = (), cells: Sequence[Cell] = ()) -> None:
-        """Make an empty buffer that knows the names of its sites and its cells."""
+    def __init__(self, *, budget_bytes: int, sites: Sequence[str] = (), cells: Sequence[Cell] = (), meter: Meter | None = None) -> None:
+        """Make an empty buffer that knows the names of its sites and its cells; ``meter`` is told of the time that filling it takes."""
         self.budget_bytes = budget_bytes
+        self.meter = meter or Meter()
         self.bytes = 0
         self.step: int | None = None
         self.micro_batches: list[MicroBatch] = []
@@ -99,11 +101,14 @@ class StepBuffer:
     def open(self, step: int) -> None:
         """Start an empty buffer for a sampled step."""
         self.clear()
+        self.totals = Totals(self._places)  # reasons and facts may have been noted outside any step
         self.step = step
         self.bytes = self._fixed_bytes
 
     def clear(self) -> None:
-        """Drop everything, references to inputs included."""
+        """Drop everything, references to inputs included. Costs nothing if there is nothing."""
+        if self.step is None:
+            return
         self.step, self.bytes = None, 0
         self.micro_batches = []
         self._captures = {}

@@ -12,6 +12,7 @@ from probe.catalogue.heads import codebook_metrics, head_metrics
 from probe.catalogue.inputs import branch_metrics, input_metrics
 from probe.catalogue.loss import loss_audit_metrics
 from probe.catalogue.metric import KINDS, Metric
+from probe.catalogue.overhead import overhead_metrics
 from probe.catalogue.reference import reference_detail_metrics, reference_metrics
 from probe.catalogue.training import gradient_metrics, part_metrics
 
@@ -37,6 +38,7 @@ CATALOGUE: tuple[Metric, ...] = (
     *encoder_metrics(),
     *attention_metrics(),
     *gradient_metrics(),
+    *overhead_metrics(),
     *input_metrics(),
     *branch_metrics(),
     *part_metrics(),

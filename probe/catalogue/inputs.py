@@ -18,7 +18,6 @@ def input_metrics() -> tuple[Metric, ...]:
             SHARE,
             "Share of label positions that are -100, so that no loss is taken there.",
             "ignore_index of torch.nn.functional.cross_entropy",
-            True,
         ),
         Metric(
             f"{area}/ids_outside_vocabulary",

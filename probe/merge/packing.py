@@ -88,10 +88,14 @@ class Transfer:
             self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call,unused-ignore]
             self._copied.record(torch.cuda.current_stream(home))
 
-    def result(self) -> HostStep:
-        """Return the numbers. Waits for the copy if it is still under way (on devices other than CUDA's it is made only now)."""
+    def wait(self) -> None:
+        """Wait for the copy if it is still under way."""
         if self._copied is not None:
             self._copied.synchronize()
+
+    def result(self) -> HostStep:
+        """Return the numbers. Waits for the copy if it is still under way (on devices other than CUDA's it is made only now)."""
+        self.wait()
         layout = self._layout
         ends = np.cumsum([layout.sums, layout.counts, layout.maxima])
         sums, counts, maxima, rest = np.split(self._packed.cpu().numpy(), ends)

@@ -15,6 +15,7 @@ from probe.records.finding import Finding, FindingState, Severity
 from probe.records.inputs import AudioSegment, Inputs, InputSample, InputTensor
 from probe.records.modes import Modes
 from probe.records.outputs import Accuracy, Head, HeadSample, SiteStatistics
+from probe.records.overhead import Overhead
 from probe.records.setup import Setup
 from probe.records.sites import AttentionKind, Modality, Role, Site
 from probe.records.step import StepRecord
@@ -46,6 +47,7 @@ __all__ = [
     "Modality",
     "Modes",
     "Optimisation",
+    "Overhead",
     "Part",
     "Role",
     "SampleEffect",

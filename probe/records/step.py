@@ -11,6 +11,7 @@ from probe.records.finding import Finding
 from probe.records.inputs import Inputs
 from probe.records.modes import Modes
 from probe.records.outputs import Head, SiteStatistics
+from probe.records.overhead import Overhead
 from probe.records.training import ActivationGradient, Conditioning, LossAudit, Optimisation, Part
 
 
@@ -44,3 +45,4 @@ class StepRecord:
     counterfactual: Counterfactual | None = None
     verdict: Verdict | None = None
     findings: tuple[Finding, ...] = ()
+    overhead: Overhead | None = None

@@ -11,6 +11,7 @@ from probe.sections.numbers import MISSING, counted, dtype, interval, number, sc
 from probe.sections.reasons import VERIFICATION, Reasons
 
 _SHOWN_SITES = 8
+_SHOWN_PARTS = 3
 # Heads and attention layers have sections of their own; of a feed-forward branch the tokens that it received say more.
 _ROLES = ("audio_encoder", "projector", "custom")
 
@@ -113,7 +114,18 @@ def _optimisation(record: StepRecord, reasons: Reasons) -> list[Fact]:
     return [
         reasons.fact("Learning rate", words, "probe/learning_rate", "optimisation/learning_rates", "optimisation"),
         *gradient_flow(record, reasons),
+        *_overhead(record, reasons),
     ]
+
+
+def _overhead(record: StepRecord, reasons: Reasons) -> list[Fact]:
+    """Return what the probe itself took of the time, and most of it for what; nothing of a record that tells neither that nor why."""
+    overhead = record.overhead
+    if overhead is None:
+        untold = "probe/overhead/pct" not in record.not_measured
+        return [] if untold else [Fact("The probe's share", reasons.missing("probe/overhead/pct"), "missing")]
+    most = ", ".join(f"{name} {share(seconds / overhead.wall_seconds)}" for name, seconds in list(overhead.seconds.items())[:_SHOWN_PARTS])
+    return [Fact("The probe's share", f"{share(overhead.pct / 100.0)} of the time since the last record{f' ({most})' if most else ''}")]
 
 
 def _statistics(statistics: tuple[SiteStatistics, ...]) -> Table:

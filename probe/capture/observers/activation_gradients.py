@@ -74,6 +74,7 @@ class ActivationGradientWatcher(Watcher):
         if output is None:
             return
         seen, breaker, place = self._seen.setdefault(buffer.totals, _Seen()), self._breaker, self._places[name]
+        spent = buffer.meter.section(self.name, launches=True)
         seen.order.setdefault(name)
         if not output.requires_grad:
             trains = any(parameter.requires_grad for parameter in call.module.parameters())
@@ -85,7 +86,7 @@ class ActivationGradientWatcher(Watcher):
 
         def see(gradient: Tensor) -> None:
             if not breaker.is_off(self.name):
-                with breaker.guard(self.name, name), torch.no_grad():
+                with spent, breaker.guard(self.name, name), torch.no_grad():
                     norm = norm_of(gradient)
                     seen.norms.append(norm)
                     seen.sites.append(place)

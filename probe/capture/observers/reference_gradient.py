@@ -63,11 +63,11 @@ class ReferenceGradientWatcher(Watcher):
         codes_BS, _ = modalities(call, (samples, 1, length, length))
         if codes_BS is not None:
             told.append(codes_BS == REFERENCE)
-        totals, breaker = buffer.totals, self._breaker
+        totals, breaker, spent = buffer.totals, self._breaker, buffer.meter.section(self.name, launches=True)
 
         def see(gradient_BSD: Tensor) -> None:
             if told and not breaker.is_off(self.name):
-                with breaker.guard(self.name, self._entrance), torch.no_grad():
+                with spent, breaker.guard(self.name, self._entrance), torch.no_grad():
                     totals.add(CELL.name, counts=(1,), sums=_over_reference(gradient_BSD.detach(), told[0]))
 
         given_BSD.register_hook(see)  # type: ignore[no-untyped-call]
