@@ -7,6 +7,9 @@
 #   make test-oldest  run the tests with the oldest one only
 #   make check        lint, format, types, the documentation and its examples
 #   make format       put the source into the format that "make check" asks for
+#   make bench-units  measure what one unit of the probe's work costs; writes benchmarks/results/units-*.json
+#   make bench-gpu    check synchronisations, copies, kernels and gaps of sampled steps on a CUDA device, where there is one
+#   make scaling      compute the cost on many ranks and for 70B models from the units; writes docs/scaling.md
 #   make exactness    measure attention, heads and loss audit against independent references; writes docs/exactness.md
 #   make verdicts     train the example voice cloner and broken variants of it over five seeds; writes docs/verdicts-table.md
 #   make faults       break trainings on purpose, and see what the findings say; writes docs/faults.md
@@ -71,6 +74,16 @@ ifneq ($(wildcard benchmarks/__main__.py),)
 bench: .venv/.dev
 	.venv/bin/python -m benchmarks
 endif
+
+.PHONY: bench-units bench-gpu scaling
+bench-units: .venv/.dev
+	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.units
+
+bench-gpu: .venv/.dev
+	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.gpu
+
+scaling: .venv/.dev
+	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.scaling
 
 exactness: .venv/.dev
 	PYTHONPATH=.:tests HF_HUB_OFFLINE=1 .venv/bin/python -m benchmarks.exactness
