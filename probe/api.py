@@ -48,7 +48,8 @@ def attach(
             role; the word "auto" inside it keeps that; the role "custom" adds sites.
         keep: Names, roles or name patterns of sites whose output tensors stay in ``p.buffer`` until the next step begins.
         budget_mib: Upper bound in MiB of what the step buffer holds; what does not fit is left out and named.
-        compile: "window" runs sampled steps of a compiled model eagerly; "off" leaves compiled models unobserved.
+        compile: "window" runs sampled steps of a compiled model eagerly; "in_graph" leaves them compiled, and sees less; "off" leaves
+            compiled models unobserved. See "Compiled models" in the documentation.
         stop_on: "critical" or "warning": training ends, on every rank at the same step, when a finding at least that severe opens.
         on_finding: Called on rank 0 with every :class:`probe.records.Finding` that opens, changes its severity or closes, when the
             record of its step is published. An error in it is said once and switches it off.

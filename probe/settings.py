@@ -13,7 +13,7 @@ from probe.records import Finding, Role
 if TYPE_CHECKING:
     from torch import nn
 
-CompileMode = Literal["window", "off"]
+CompileMode = Literal["window", "in_graph", "off"]
 StopOn = Literal["critical", "warning"]
 OnFinding: TypeAlias = "Callable[[Finding], object]"
 SiteChoice: TypeAlias = "str | nn.Module | Sequence[str | nn.Module]"

@@ -28,7 +28,8 @@ def statistics(draft: Draft) -> tuple[SiteStatistics, ...]:
         row = _site(draft, site)
         if row.calls == 0:
             uncalled = f"{site.role} was not called in any training forward of this step"
-            draft.reasons.setdefault(f"site:{site.name}", draft.blind.get("statistics", uncalled))
+            known = draft.host.reasons.get(f"site:{site.name}") or draft.blind.get("statistics", uncalled)
+            draft.reasons.setdefault(f"site:{site.name}", known)
         elif row.nonfinite:
             draft.reasons.setdefault(f"site:{site.name}", f"{row.nonfinite} NaN or Inf values in its output")
         found.append(row)

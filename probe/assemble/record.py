@@ -15,6 +15,7 @@ from probe.assemble.inputs import inputs
 from probe.assemble.loss_audit import loss_audit
 from probe.assemble.modes import modes
 from probe.assemble.outputs import heads, statistics
+from probe.capture.compiled_sites import UNSEEN
 from probe.merge.packing import HostStep
 from probe.records import StepRecord
 
@@ -34,7 +35,8 @@ def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[st
         logged: The training loss that the Trainer logs of this step alone, if it does.
     """
     closed = host.reasons.get("model") or failures.get("hooks")
-    blind = {**(dict.fromkeys(_BY_HOOKS, closed) if closed else {}), **failures}
+    unseen = {what.removeprefix(UNSEEN): why for what, why in host.reasons.items() if what.startswith(UNSEEN)}
+    blind = {**unseen, **(dict.fromkeys(_BY_HOOKS, closed) if closed else {}), **failures}
     draft = Draft(host, run, blind=blind)
     draft.reasons.update(run.reasons)
     draft.reasons.update({role: run.sites.missing[role] for role in _ROLES_WORTH_NAMING if role in run.sites.missing})
@@ -62,6 +64,6 @@ def assemble(step: int, host: HostStep, run: RunContext, *, failures: Mapping[st
         counterfactual=counterfactual(draft),
     )
     for what, why in host.reasons.items():
-        if what not in draft.metrics:  # said beforehand, of what might not come out
+        if what not in draft.metrics and not what.startswith(UNSEEN):  # said beforehand, of what might not come out
             draft.reasons.setdefault(what, why)
     return record

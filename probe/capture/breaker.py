@@ -15,7 +15,7 @@ class Breaker:
 
     def __init__(self, say: Callable[[str], None]) -> None:
         """Start with every part on; ``say`` receives one line when a part is switched off."""
-        self._say = say
+        self.say = say
         self.failures: dict[str, str] = {}
 
     def is_off(self, part: str) -> bool:
@@ -35,7 +35,7 @@ class Breaker:
         site = f" at {where}" if where else ""
         reason = f"switched off after {type(error).__name__}: {error}{site}{place}"
         self.failures[part] = reason
-        self._say(f"{part} {reason}; training goes on")
+        self.say(f"{part} {reason}; training goes on")
 
 
 class Guard:

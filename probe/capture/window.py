@@ -1,4 +1,8 @@
-"""The window: hooks stand, and kernels are watched, inside one ``training_step`` of a sampled step; both end before it returns."""
+"""The window: hooks stand, and kernels are watched, inside one ``training_step`` of a sampled step; both end before it returns.
+
+Of a model with compiled regions it runs such a step eagerly, so that hooks run, or leaves it compiled (``compile="in_graph"``): then
+hooks stand outside the regions only, and what is in them is reported by :mod:`probe.capture.in_graph`.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,12 @@ from torch import nn
 
 from probe.capture.breaker import Breaker
 from probe.capture.buffer import StepBuffer
+from probe.capture.compiled_sites import CompiledSites, divide_sites
 from probe.capture.hooks import Forward, HookSet
+from probe.capture.in_graph import InGraph
 from probe.capture.kernels import run_kernel
 from probe.foreign.attention_kernels import implementations, watched_kernels
-from probe.foreign.compiled import can_force_eager, force_eager, has_compiled_regions
+from probe.foreign.compiled import can_force_eager, compiled_regions, force_eager
 from probe.settings import CompileMode
 
 _OFF = "hooks are not run inside torch.compile regions with compile='off'; compile='window' runs sampled steps eagerly and sees them"
@@ -25,7 +31,9 @@ class Window:
     """Arms the hooks for one micro-batch of a sampled step and disarms them, whatever happens inside.
 
     Attributes:
-        compiled: Whether any part of the model was taken by ``torch.compile`` (then armed steps run eagerly).
+        compiled: Whether any part of the model was taken by ``torch.compile``.
+        runs_eagerly: Whether armed steps of a compiled model run eagerly.
+        never_eager: Why nothing of this model may run eagerly; "" if it may.
         closed: Why nothing inside the model can be observed; "" if it can.
     """
 
@@ -45,11 +53,35 @@ class Window:
         self._breaker = breaker
         self._around = around
         self._layers = layers
-        self.compiled = has_compiled_regions(around)
-        self.closed = ""
+        regions = compiled_regions(around)
+        self.compiled = bool(regions)
+        self.never_eager = self.closed = ""
+        self._compiled_sites: CompiledSites | None = None
+        self._in_graph: InGraph | None = None
         if self.compiled:
             flex = any("flex" in name for module in around.modules() for name in implementations(module))
-            self.closed = _OFF if compile_mode == "off" else _FLEX if flex else "" if can_force_eager() else _OLD
+            self.never_eager = _OFF if compile_mode == "off" else _FLEX if flex else "" if can_force_eager() else _OLD
+        if self.compiled and compile_mode == "in_graph":
+            self._compiled_sites = divide_sites(hooks.watched(), regions)
+            self._in_graph = InGraph(self._compiled_sites.reported, hooks, breaker)
+            hooks.leave_out(self._compiled_sites.left_out, door=self._compiled_sites.door)
+            # Kernels that are watched where layers look them up are guarded on by the compiled layers that look there too.
+            self._layers = ()
+        else:
+            self.closed = self.never_eager
+        self.runs_eagerly = self.compiled and self._in_graph is None and not self.closed
+
+    def begin(self) -> None:
+        """Register what has to stand before the model is called for the first time, for as long as it trains."""
+        if self._in_graph is not None:
+            with self._breaker.guard("hooks"):
+                self._in_graph.register()
+
+    def end(self) -> None:
+        """Remove every hook."""
+        self._hooks.remove()
+        if self._in_graph is not None:
+            self._in_graph.remove()
 
     @contextmanager
     def armed(self, buffer: StepBuffer, *, batch: Mapping[str, Any]) -> Iterator[None]:
@@ -64,13 +96,21 @@ class Window:
                 if self.closed:
                     buffer.totals.omit("model", self.closed)
                 else:
-                    if self.compiled:
+                    if self.runs_eagerly:
                         stack.enter_context(force_eager())
                     self._watch_kernels(stack)
                     forward = Forward(buffer, batch=batch)
                     stack.callback(self._disarm, forward, buffer)
                     self._hooks.register(forward)
+                    self._listen(stack, forward)
             yield
+
+    def _listen(self, stack: ExitStack, forward: Forward) -> None:
+        """Let compiled code report, and name what of it is not seen."""
+        if self._in_graph is not None and self._compiled_sites is not None:
+            stack.enter_context(self._in_graph.open(forward))
+            for what, why in self._compiled_sites.reasons.items():
+                forward.buffer.totals.omit(what, why)
 
     def _watch_kernels(self, stack: ExitStack) -> None:
         if self._layers and not self._breaker.is_off("attention"):

@@ -111,7 +111,7 @@ class TrainerSession:
             keep=keep,
             write_kept=options.settings.write_kept,
         )
-        if chief and self.observation.window.compiled and not self.observation.window.closed:
+        if chief and self.observation.window.runs_eagerly:
             terminal.say(_EAGER)
         try:
             self._wire(added)
