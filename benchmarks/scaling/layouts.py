@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoModelForCausalLM,
     LlamaConfig,
@@ -17,6 +18,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from probe.capture.observer import main_tensor
 from probe.merge.layout import Layout
 from probe.observation import Observation
 from probe.settings import Options
@@ -114,3 +116,52 @@ MODELS = {
     "70B language model (80 layers, width 8,192, vocabulary 128,256)": wide,
     "the same behind Whisper large's encoder": wide_with_whisper,
 }
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What one micro-batch of a rank gives the probe to read.
+
+    Attributes:
+        output_bytes: The outputs of all sites but the root, in bf16: what statistics read once.
+        logits: Elements of the heads' logits.
+        attention_calls: Calls of attention layers.
+        forward_flops: Operations of the forward, multiplications and additions apart.
+    """
+
+    output_bytes: int
+    logits: int
+    attention_calls: int
+    forward_flops: float
+
+
+def watched(model: nn.Module, batch: dict[str, Tensor]) -> Watched:
+    """Run a forward on the meta device, which has shapes and no data, and count what the sites return."""
+    observation = observation_of(model)
+    found = {"elements": 0, "logits": 0, "attention": 0}
+
+    def count(role: str, output: object) -> None:
+        tensor = main_tensor(output)
+        elements = 0 if tensor is None else tensor.numel()
+        found["elements"] += elements
+        found["logits"] += elements if role == "lm_head" else 0
+        found["attention"] += role == "attention"
+
+    for site in observation.discovery.sites.sites:
+        if site.role != "model":
+            module = observation.discovery.modules[site.name]
+            module.register_forward_hook(lambda _, __, output, role=site.role: count(role, output))
+    with FlopCounterMode(display=False) as counter:
+        model(**batch)
+    return Watched(found["elements"] * torch.bfloat16.itemsize, found["logits"], found["attention"], counter.get_total_flops())
+
+
+def text_batch(tokens: int) -> dict[str, Tensor]:
+    """Return one sequence for the language model, on the meta device."""
+    return {"input_ids": torch.zeros((1, tokens), dtype=torch.long, device="meta")}
+
+
+def audio_batch(clips: int, tokens: int) -> dict[str, Tensor]:
+    """Return clips of 30 s with their text for Whisper large, on the meta device."""
+    ids = torch.zeros((clips, tokens), dtype=torch.long, device="meta")
+    return {"input_features": torch.zeros((clips, 128, 3000), device="meta"), "decoder_input_ids": ids}

@@ -25,6 +25,7 @@ WORLDS = (2, 4)
 COLUMNS = (1_000, 6_000, 40_000)
 STORE_WORLDS = (8, 64, 512, 4096, 16_384)
 PATIENCE_S = 120
+REQUESTS = 500
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,14 @@ class ReduceRow:
 
 @dataclass(frozen=True)
 class StoreRow:
-    """Rank 0's part of one agreement when all others have said theirs: it reads a key of each."""
+    """Rank 0's part of one agreement when all others have said theirs: it reads a key of each.
+
+    ``request_us`` is what a client needs to ask once whether a key is there, as every other rank does while it waits.
+    """
 
     world: int
     ms: Estimate
+    request_us: float
 
 
 def reduce_costs(*, worlds: Sequence[int] = WORLDS, columns: Sequence[int] = COLUMNS, rounds: int = 40) -> list[ReduceRow]:
@@ -89,7 +94,10 @@ def _store(port: int, world: int, rounds: int) -> StoreRow:
             times.append(1e3 * (time.perf_counter() - begin))
         if not agreed.merged:
             raise RuntimeError(f"the ranks did not agree: {agreed.reason}")
-    return StoreRow(world, estimate(times))
+    begin = time.perf_counter()
+    for _ in range(REQUESTS):
+        client.check(["probe/agreement/settled"])
+    return StoreRow(world, estimate(times), 1e6 * (time.perf_counter() - begin) / REQUESTS)
 
 
 def target(rows: Sequence[ReduceRow]) -> Target:
