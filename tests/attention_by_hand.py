@@ -28,6 +28,7 @@ class Given:
     sinks: int = 0
     steps: tuple[int, int, int] = (100, 100, 100)
     how: str = "given"
+    view: None = None
 
     @property
     def device(self) -> torch.device:
@@ -41,7 +42,10 @@ class Given:
     def visible(self, index_BR: Tensor) -> Tensor:
         return self.visible_BSK.gather(1, index_BR[..., None].expand(-1, -1, self.shape[3]))
 
-    def blocks(self, index_BR: Tensor) -> Iterator[RowBlock]:
+    def masks(self, index_BR: Tensor) -> None:
+        return None
+
+    def blocks(self, index_BR: Tensor, masks: None = None) -> Iterator[RowBlock]:
         p = self.p_BHSK.gather(2, index_BR[:, None, :, None].expand(-1, self.shape[1], -1, self.p_BHSK.shape[3]))
         starts = (range(0, size, step) for size, step in zip(p.shape[:3], self.steps))
         for start in itertools.product(*starts):

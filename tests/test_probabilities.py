@@ -159,8 +159,8 @@ def test_nan_is_not_hidden() -> None:
 
 
 def exhaust(source: RowSource, index: Tensor) -> None:
-    for _ in source.blocks(index):
-        pass
+    for block in source.blocks(index):
+        del block
 
 
 @pytest.mark.parametrize("transposed", [False, True])

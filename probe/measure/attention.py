@@ -13,13 +13,16 @@ from torch import Tensor
 
 from probe.measure import blocks
 from probe.measure.blocks import RowBlock, RowSource
-from probe.measure.quantities import SHAPE, AttentionSums, add_up, sums_of
+from probe.measure.prepared import Prepared, Weights, multiplied_in, weigh
+from probe.measure.quantities import MASSES, SHAPE, AttentionSums, add_up, sums_of
 from probe.measure.rows import RowChoice
-from probe.measure.sight import GROUPS, Places, Sight, check_call, look, places
+from probe.measure.sight import GROUPS, check_call, look
 from probe.measure.walk import Coverage, monotonicity
 
 # What is reduced from each row, in this order; then GROUPS.
-_RAW = ("entropy", "effective_keys", "top", "sink", "band", "distance")
+_RAW = ("entropy", "sum_of_squares", "top", "band", "distance", "sink")
+# Of which of these the quantities are made.
+_OF = {"entropy_nats": "entropy", "effective_keys": "sum_of_squares", "first_token": "first"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +30,7 @@ class HeadMeanRows:
     """Rows whose masses wait for the modality of the tokens: mass is linear, so the mean over heads is enough.
 
     Attributes:
-        raw_BRHQ: float64: what each head's row says whatever the keys are.
+        raw_QBHR: float32: what each head's row says whatever the keys are.
         p_BRK: float32 mean over heads of the probabilities.
         visible_BRK: bool.
         choice: The rows; padding among them is taken out when the modality is known.
@@ -35,7 +38,7 @@ class HeadMeanRows:
         sinks: Whether the layer has learned sinks.
     """
 
-    raw_BRHQ: Tensor
+    raw_QBHR: Tensor
     p_BRK: Tensor
     visible_BRK: Tensor
     choice: RowChoice
@@ -46,77 +49,56 @@ class HeadMeanRows:
 def held_bytes(shape: tuple[int, int, int, int], choice: RowChoice) -> int:
     """Return how many bytes :func:`describe_later` will hold for a call, before anything is computed."""
     samples, rows = choice.index_BR.shape
-    return samples * rows * (shape[1] * len(_RAW) * 8 + shape[3] * 5 + 12)
+    return samples * rows * (shape[1] * len(_RAW) * 4 + shape[3] * 5 + 12)
 
 
-def describe(
-    source: RowSource,
-    choice: RowChoice,
-    *,
-    query_modality_BS: Tensor | None,
-    key_modality_BK: Tensor | None,
-    self_attention: bool = True,
-    walks: bool = True,
-) -> AttentionSums:
+def describe(source: RowSource, prepared: Prepared) -> AttentionSums:
     """Sum up one attention call; padding among the queries counts for nothing, nor does a row that sees no key.
 
     The definitions are those of the catalogue (``docs/attention.md`` tells them at length). What needs a modality that is not known has
-    weight 0. Reduced block by block, in float64; beside the blocks it holds a few numbers a row and head and a byte a key. No sync.
+    weight 0. Reduced block by block, row by row in float32 and over rows in float64; beside the blocks it holds a few numbers a row and
+    head. No sync.
 
     Args:
         source: The call.
-        choice: Rows to look at.
-        query_modality_BS: Codes of :mod:`probe.sites.modality`, or ``None``.
-        key_modality_BK: The same of the keys.
-        self_attention: Whether queries and keys are the same sequence; decides what is diagonal, and whether there is a distance.
-        walks: Whether to look for ``WALKS``, where both modalities are known.
+        prepared: What :func:`probe.measure.prepared.prepare` made of it, or of another call whose queries see the same keys.
 
     Raises:
-        NotObservable: choice and modalities are not of this call, by their shapes, or the source cannot give its rows.
+        NotObservable: the source cannot give its rows.
     """
-    query_BS, key_BK = query_modality_BS, key_modality_BK
-    check_call(source.shape, choice, query_BS, key_BK)
-    walks = walks and query_BS is not None and key_BK is not None
-    heads, keys = source.shape[1], source.shape[3]
-    with torch.no_grad():
-        sight = look(lambda r: source.visible(choice.index_BR[:, r]), choice, keys, query_BS, key_BK, walks=walks)
-        weight_BRQ = sight.row_weights(sinks=bool(source.sinks), distances=self_attention)
-        shape_BRQ, mass_BRQ = weight_BRQ[..., : len(SHAPE)], weight_BRQ[..., len(SHAPE) :]
-        text_BR = mass_BRQ[..., 3]  # the weights of text_to_audio
-        coverage = Coverage(text_BR, sight.text_audio_BK, heads) if sight.text_audio_BK is not None else None
-        where = places(choice, keys, query_BS, key_BK, self_attention=self_attention)
-        raw_BRHQ = _reduce(source, choice, where, sight.columns, coverage.add if coverage is not None else None)
-        raw_BRHQ, groups_BRHM = raw_BRHQ[..., : len(_RAW)], raw_BRHQ[..., len(_RAW) :]
-        numerators = [add_up(_shape(raw_BRHQ, sight, source.sinks), shape_BRQ), add_up(_masses(groups_BRHM), mass_BRQ)]
-        weights = [shape_BRQ.sum((0, 1)), mass_BRQ.sum((0, 1))]
+    heads, audio_BK = source.shape[1], prepared.sight.text_audio_BK
+    with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
+        coverage = Coverage(prepared.text_BR, audio_BK, heads) if audio_BK is not None else None
+        raw_QBHR = _reduce(source, prepared, None if coverage is None else coverage.add)
+        numerators = [_add_up(raw_QBHR, of, prepared.weights) for of in (SHAPE, MASSES)]
+        weights = prepared.weights.sum_Q
         if coverage is not None:
-            audio_BRH = groups_BRHM[..., 2] + groups_BRHM[..., 3]
-            tau_BH, pairs_B1 = monotonicity(choice.index_BR, text_BR > 0, audio_BRH, groups_BRHM[..., 5])
+            audio_BRH, place_BRH = (raw_QBHR[len(_RAW) + GROUPS.index(of)].transpose(1, 2).double() for of in ("audio", "place"))
+            tau_BH, pairs_B1 = monotonicity(prepared.choice.index_BR, prepared.text_BR > 0, audio_BRH, place_BRH)
             values_BHQ = torch.stack((tau_BH, coverage.value()), -1)
-            each_B1 = text_BR.sum(1, keepdim=True)
+            each_B1 = prepared.text_BR.sum(1, keepdim=True)
             weight_BQ = torch.cat((each_B1 * (pairs_B1 > 0), each_B1), 1)
             numerators.append(add_up(values_BHQ[:, None], weight_BQ[:, None]))
-            weights.append(weight_BQ.sum(0))
-        return sums_of((sight.weight_BR > 0).sum(dtype=torch.float64), numerators, weights)
+            weights = torch.cat((weights, weight_BQ.sum(0)))
+        return sums_of(prepared.weights.sampled, numerators, weights)
 
 
-def describe_later(source: RowSource, choice: RowChoice) -> HeadMeanRows:
+def describe_later(source: RowSource, prepared: Prepared) -> HeadMeanRows:
     """Keep what :func:`finish_later` needs once the modality is known, of self-attention: R * K floats a sample instead of H * R * K.
 
     Raises:
-        NotObservable: rows and choice are not of the same call, by their shapes, or the source cannot give its rows.
+        NotObservable: the source cannot give its rows.
     """
-    check_call(source.shape, choice, None, None)
-    samples, heads, _, keys = source.shape
-    rows = choice.index_BR.shape[1]
-    with torch.no_grad():
-        p_BRK = torch.zeros((samples, rows, keys), dtype=torch.float32, device=source.device)
+    heads, keys = source.shape[1], source.shape[3]
+    choice = prepared.choice
+    with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
+        p_BRK = torch.zeros((*choice.index_BR.shape, keys), dtype=torch.float32, device=source.device)
 
-        def keep(block: RowBlock, p_brhK: Tensor) -> None:
-            p_BRK[block.samples, block.rows] += p_brhK.sum(2) / heads
+        def keep(block: RowBlock, p_bhrK: Tensor) -> None:
+            p_BRK[block.samples, block.rows] += p_bhrK.sum(1) / heads
 
-        raw_BRHQ = _reduce(source, choice, places(choice, keys, None, None, self_attention=True), None, keep)
-        return HeadMeanRows(raw_BRHQ, p_BRK, source.visible(choice.index_BR), choice, source.shape, bool(source.sinks))
+        raw_QBHR = _reduce(source, prepared, keep, masses=False)
+        return HeadMeanRows(raw_QBHR, p_BRK, source.visible(choice.index_BR), choice, source.shape, bool(source.sinks))
 
 
 def finish_later(held: HeadMeanRows, query_modality_BS: Tensor | None, key_modality_BK: Tensor | None) -> AttentionSums:
@@ -127,74 +109,67 @@ def finish_later(held: HeadMeanRows, query_modality_BS: Tensor | None, key_modal
     """
     check_call(held.shape, held.choice, query_modality_BS, key_modality_BK)
     keys = held.shape[3]
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(held.p_BRK.device.type, enabled=False):
         sight = look(lambda r: held.visible_BRK[:, r], held.choice, keys, query_modality_BS, key_modality_BK, walks=False)
-        weight_BRQ = sight.row_weights(sinks=held.sinks, distances=True)
-        shape_BRQ, mass_BRQ = weight_BRQ[..., : len(SHAPE)], weight_BRQ[..., len(SHAPE) :]
-        groups_BKM = sight.columns(slice(None))
+        weights = weigh(sight, sinks=held.sinks, distances=True)
+        groups_BKM = sight.columns(slice(None), multiplied_in(held.p_BRK.device))
         rows = held.p_BRK.shape[1]
         step = max(1, blocks.CHUNK_BYTES // max(1, held.p_BRK[:, :1].numel() * 8))
-        parts = [held.p_BRK[:, start : start + step].double() @ groups_BKM for start in range(0, rows, step)]
-        groups_BRM = torch.cat(parts, 1)
-        numerators = [add_up(_shape(held.raw_BRHQ, sight, held.sinks), shape_BRQ), add_up(_masses(groups_BRM[:, :, None]), mass_BRQ)]
-        weights = [shape_BRQ.sum((0, 1)), mass_BRQ.sum((0, 1))]
-        return sums_of((sight.weight_BR > 0).sum(dtype=torch.float64), numerators, weights)
+        parts = [held.p_BRK[:, start : start + step].to(groups_BKM.dtype) @ groups_BKM for start in range(0, rows, step)]
+        groups_MB1R = torch.cat(parts, 1).permute(2, 0, 1).unsqueeze(2)
+        shape_HQ = _add_up(held.raw_QBHR, SHAPE, weights)
+        nothing = held.raw_QBHR[:, :, :1]  # stands where ``_RAW`` does; no mass is made of it
+        return sums_of(weights.sampled, [shape_HQ, _add_up(torch.cat((nothing, groups_MB1R)), MASSES, weights)], weights.sum_Q)
 
 
-def _reduce(
-    source: RowSource,
-    choice: RowChoice,
-    where: Places,
-    columns: Callable[[slice], Tensor] | None,
-    each: Callable[[RowBlock, Tensor], None] | None,
-) -> Tensor:
-    """Return what each head's row says, float64 (B, R, H, Q): ``_RAW``, then its mass in each of the ``columns`` of keys.
+def _reduce(source: RowSource, prepared: Prepared, each: Callable[[RowBlock, Tensor], None] | None, *, masses: bool = True) -> Tensor:
+    """Return what each head's row says, float32 (Q, B, H, R): ``_RAW``, then, unless they are to come, its mass in each group of keys.
 
-    ``each`` is shown every block with its probabilities of keys in float64, (b, r, h, K), free to be overwritten.
+    ``each`` is shown every block with its probabilities of keys, (b, h, r, K), free to be overwritten.
     """
     samples, heads, _, keys = source.shape
-    rows = choice.index_BR.shape[1]
-    values_BRHQ = torch.empty(0, device=source.device)
-    groups_bKM, at = None, None
-    for block in source.blocks(choice.index_BR):
-        if columns is not None and at != block.samples:
-            groups_bKM, at = columns(block.samples), block.samples
-        alone_brhQ = _alone(block.p.transpose(1, 2), keys)
-        p_brhK = block.p.transpose(1, 2)[..., :keys].to(torch.float64, memory_format=torch.contiguous_format)
-        b, r, h, _ = p_brhK.shape
-        parts = [alone_brhQ, (p_brhK.flatten(0, 1) @ where.columns(block.samples, block.rows).flatten(0, 1)).view(b, r, h, -1)]
-        if groups_bKM is not None:
-            parts.append((p_brhK.flatten(1, 2) @ groups_bKM).view(b, r, h, -1))
+    rows, alone = prepared.choice.index_BR.shape[1], len(_RAW) - 1
+    raw_QBHR = torch.empty((len(_RAW) + masses * len(GROUPS), samples, heads, rows), dtype=torch.float32, device=source.device)
+    if not source.sinks:
+        raw_QBHR[alone].zero_()
+    for block in source.blocks(prepared.choice.index_BR, prepared.masks):
+        b, h, r = block.samples, block.heads, block.rows
+        torch.stack(_alone(block, prepared, keys), out=raw_QBHR[:alone, b, h, r])
+        if source.sinks:
+            raw_QBHR[alone, b, h, r] = block.p[..., -1]
+        p_bhrK = block.p[..., :keys]
+        if masses:
+            groups_bKM = prepared.groups(b)
+            masses_bnM = torch.bmm(p_bhrK.flatten(1, 2).to(groups_bKM.dtype), groups_bKM)
+            raw_QBHR[len(_RAW) :, b, h, r] = masses_bnM.view(*p_bhrK.shape[:3], -1).permute(3, 0, 1, 2)
         if each is not None:
-            each(block, p_brhK)
-        values_brhQ = torch.cat(parts, -1)
-        if (b, r, h) == (samples, rows, heads):
-            return values_brhQ
-        if not values_BRHQ.numel():
-            values_BRHQ = values_brhQ.new_empty((samples, rows, heads, values_brhQ.shape[-1]))
-        values_BRHQ[block.samples, block.rows, block.heads] = values_brhQ
-    return values_BRHQ
+            each(block, p_bhrK)
+        del block, p_bhrK  # before the next block is made
+    return raw_QBHR
 
 
-def _alone(p_brhC: Tensor, keys: int) -> Tensor:
-    """Return entropy, 1 / Σp², the largest probability of a key and that of the sink, float64 (b, r, h, 4), of K columns and a sink's."""
-    entropy_brh = torch.special.entr(p_brhC).sum(-1, dtype=torch.float64)
-    square_brh = torch.linalg.vector_norm(p_brhC, dim=-1, dtype=torch.float64).square_()
-    effective_brh = torch.where(square_brh == 0, 0.0, square_brh.reciprocal())
-    top_brh = p_brhC[..., :keys].amax(-1).double()
-    sink_brh = p_brhC[..., -1].double() if p_brhC.shape[-1] > keys else torch.zeros_like(top_brh)
-    return torch.stack((entropy_brh, effective_brh, top_brh, sink_brh), -1)
+def _alone(block: RowBlock, prepared: Prepared, keys: int) -> list[Tensor]:
+    """Return ``_RAW`` of one block less the sink, each (b, h, r), of K columns and perhaps a sink's."""
+    p_bhrC = block.p
+    spare = torch.empty_like(p_bhrC) if block.spare is None else block.spare
+    entropy_bhr = block.entropy
+    if entropy_bhr is None:  # p log p is 0 where p is
+        entropy_bhr = -torch.clamp(p_bhrC, min=torch.finfo(p_bhrC.dtype).tiny, out=spare).log_().mul_(p_bhrC).sum(-1)
+    square_bhr = torch.mul(p_bhrC, p_bhrC, out=spare).sum(-1)
+    top_bhr = p_bhrC[..., :keys].amax(-1) if block.top is None else block.top
+    band_bhr, distance_bhr = prepared.where.near(block.samples, block.rows, p_bhrC[..., :keys], spare[..., :keys])
+    return [part.float() for part in (entropy_bhr, square_bhr, top_bhr, band_bhr, distance_bhr)]
 
 
-def _shape(raw_BRHQ: Tensor, sight: Sight, sinks: int) -> Tensor:
-    """Return the values of ``SHAPE``, (B, R, H, Q). A sink is one more outcome, for which the largest possible entropy is larger, too."""
-    entropy_BRH1 = raw_BRHQ[..., :1]
-    largest_BR = (sight.visible_BR + bool(sinks)).clamp(min=2).log()
-    return torch.cat((entropy_BRH1, entropy_BRH1 / largest_BR[..., None, None], raw_BRHQ[..., 1:]), -1)
-
-
-def _masses(groups_BRhM: Tensor) -> Tensor:
-    """Return the values of ``MASSES``, (B, R, h, Q), from the masses on ``GROUPS``: audio includes the reference."""
-    padding, text, audio, reference, first = groups_BRhM.unbind(-1)[: len(GROUPS) - 1]
-    audio = audio + reference
-    return torch.stack((first, padding, text, audio, reference, text, audio, reference), -1)
+def _add_up(raw_QBHR: Tensor, quantities: tuple[str, ...], weights: Weights) -> Tensor:
+    """Return the weighted sums of quantities over samples and rows, float64 (h, Q)."""
+    columns = (*_RAW, *GROUPS)
+    taken = [columns.index(_OF.get(name, name.rsplit("_", 1)[-1])) for name in quantities]
+    values_QBHR = torch.stack([raw_QBHR[index] for index in taken]).double()
+    if "effective_keys" in quantities:
+        square_BHR = values_QBHR[quantities.index("effective_keys")]
+        square_BHR.copy_(torch.where(square_BHR == 0, 0.0, square_BHR.reciprocal()))
+    first = 0 if quantities is SHAPE else len(SHAPE)
+    part = slice(first, first + len(quantities))
+    factor_QB1R, counts_QB1R = (of[..., part].permute(2, 0, 1).unsqueeze(2) for of in (weights.factor_BRQ, weights.counts_BRQ))
+    return (torch.where(counts_QB1R, values_QBHR, 0.0) * factor_QB1R).sum((1, 3)).T

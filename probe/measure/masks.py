@@ -5,13 +5,68 @@ Shapes: B batch, S tokens (queries), K keys, H heads, R sampled rows a sample; b
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
+from probe.foreign.torch_private import unchanged
+from probe.measure import blocks
 from probe.measure.blocks import NotObservable
-from probe.measure.scores import Scores
+from probe.measure.scores import MaskFunction, Scores
 
 _MASKED_SCORE = -1e8
+#: Added to the score of a hidden key: far below any score, far above what float32 would turn into -inf.
+HIDDEN = -1e30
+_SHARED_BYTES = 16  # of one (row, key) pair, while it is worked out
+
+
+@dataclass(frozen=True, slots=True)
+class RowMasks:
+    """What hides keys from some rows, of one head or the same for all; bias that differs between layers is not in it.
+
+    Attributes:
+        added: float32 (b, m, r, K), added to the scores: what the mask adds, ``HIDDEN`` and below for a hidden key; ``None`` for nothing.
+        blind: bool (b, m, r): rows that see no key; ``None`` if all see one.
+        visible: bool (b, m, r, K): keys that the row may see; ``None`` for all.
+    """
+
+    added: Tensor | None = None
+    blind: Tensor | None = None
+    visible: Tensor | None = None
+
+    def of(self, b: slice, r: slice) -> RowMasks:
+        """Return those of some samples and rows, as views."""
+        return RowMasks(*(part if part is None else part[b, :, r] for part in (self.added, self.blind, self.visible)))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class View:
+    """What decides which keys the queries of a call see, by identity: of the layers of a model it is the same as a rule.
+
+    Attributes:
+        tensors: Masks, by reference.
+        numbers: Sizes, causality, window.
+        may: The mask function.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    numbers: tuple[object, ...]
+    may: MaskFunction | None
+
+    def same(self, other: View) -> bool:
+        """Tell whether both see the same keys, without looking at a value; ``False`` where that cannot be told."""
+        if self.may is not other.may or self.numbers != other.numbers:
+            return False
+        return all(a is b or (a is not None and b is not None and unchanged(a, b)) for a, b in zip(self.tensors, other.tensors))
+
+
+def view_of(scores: Scores) -> View:
+    """Return what decides which keys are seen in a call."""
+    samples, heads, queries, keys = scores.shape
+    tensors = (scores.mask, scores.padding_BK, scores.segment_BS, scores.segment_BK)
+    numbers = (samples, heads, queries, keys, scores.causal_offset, scores.window, scores.autocast_dtype, scores.q_BHSD.device)
+    return View(tensors, numbers, scores.may)
 
 
 def allowed(mask: Tensor) -> Tensor:
@@ -63,10 +118,20 @@ def differs_by_head(scores: Scores) -> bool:
     return scores.may is not None or (mask is not None and mask.dim() >= 3 and mask.shape[-3] > 1 and mask.stride(-3) != 0)
 
 
-def mask_rows(scores: Scores, index_br: Tensor, b: slice, h: slice) -> tuple[Tensor | None, Tensor | None]:
-    """Return what is added to the scores of the rows, and where they may attend, or ``None`` for nothing.
+def shared_masks(scores: Scores, index_BR: Tensor) -> RowMasks | None:
+    """Return the masks of all rows if they are the same for every head and small; else ``None``.
 
-    Both broadcast to (b, h, r, K); they are as small as what was given allows.
+    Raises:
+        NotObservable: the mask function cannot be evaluated.
+    """
+    samples, heads, _, keys = scores.shape
+    if differs_by_head(scores) or index_BR.numel() * keys * _SHARED_BYTES > blocks.chunk_bytes(scores.shape):
+        return None
+    return row_masks(scores, index_BR, slice(0, samples), slice(0, heads))
+
+
+def row_masks(scores: Scores, index_br: Tensor, b: slice, h: slice) -> RowMasks:
+    """Return what hides keys from the rows of one block; parts are as small as what was given allows, and broadcast.
 
     Args:
         scores: The call.
@@ -76,6 +141,40 @@ def mask_rows(scores: Scores, index_br: Tensor, b: slice, h: slice) -> tuple[Ten
 
     Raises:
         NotObservable: the mask function cannot be evaluated.
+    """
+    mask, may = _mask_rows(scores, index_br, b, h)
+    if may is None:
+        return RowMasks()
+    added = (may.to(torch.float32) - 1.0).mul_(-HIDDEN)
+    if mask is not None:
+        added = added + mask
+    samples, rows = index_br.shape
+    added, may = (part.expand(samples, -1, rows, scores.shape[3]) for part in (added.clamp_(min=HIDDEN), may))
+    return RowMasks(added, ~may.any(-1), may)
+
+
+def bias_rows(scores: Scores, index_br: Tensor, b: slice, h: slice) -> Tensor | None:
+    """Return the bias of the rows of one block, which broadcasts to (b, h, r, K)."""
+    return None if scores.bias is None else _rows_of(scores.bias, scores, index_br, b, h)
+
+
+def visible_rows(scores: Scores, index_br: Tensor, b: slice, h: slice) -> Tensor:
+    """Return bool (b, r, K): keys that at least one of these heads of the row may see.
+
+    Raises:
+        NotObservable: the mask function cannot be evaluated.
+    """
+    _, may = _mask_rows(scores, index_br, b, h)
+    shape = (*index_br.shape, scores.shape[3])
+    if may is None:
+        return torch.ones((), dtype=torch.bool, device=index_br.device).expand(shape)
+    return (may.any(1) if may.shape[1] > 1 else may[:, 0]).expand(shape)
+
+
+def _mask_rows(scores: Scores, index_br: Tensor, b: slice, h: slice) -> tuple[Tensor | None, Tensor | None]:
+    """Return what the mask adds to the scores of the rows, and where they may attend, or ``None`` for nothing.
+
+    Both broadcast to (b, h, r, K).
     """
     queries, keys = scores.shape[2:]
     key_K = torch.arange(keys, device=index_br.device)
@@ -94,31 +193,16 @@ def mask_rows(scores: Scores, index_br: Tensor, b: slice, h: slice) -> tuple[Ten
         may.append(scores.segment_BS[b].gather(1, index_br)[:, None, :, None] == scores.segment_BK[b, None, None, :])
     if scores.may is not None:
         may.append(_evaluate(scores, row_b1r1, key_K, b, h))
-    added: list[Tensor] = []
+    added = None
     if scores.mask is not None:
         mask = _rows_of(scores.mask, scores, index_br, b, h)
         may.append(allowed(mask))
         if mask.dtype != torch.bool:
-            added.append(mask if scores.autocast_dtype is None else mask.to(scores.autocast_dtype))
-    if scores.bias is not None:
-        added.append(_rows_of(scores.bias, scores, index_br, b, h))
+            added = mask if scores.autocast_dtype is None else mask.to(scores.autocast_dtype)
     together = None
     for one in may:
         together = one if together is None else together & one
-    return (added[0] + added[1] if len(added) == 2 else added[0] if added else None), together
-
-
-def visible_rows(scores: Scores, index_br: Tensor, b: slice, h: slice) -> Tensor:
-    """Return bool (b, r, K): keys that at least one of these heads of the row may see.
-
-    Raises:
-        NotObservable: the mask function cannot be evaluated.
-    """
-    _, may = mask_rows(scores, index_br, b, h)
-    shape = (*index_br.shape, scores.shape[3])
-    if may is None:
-        return torch.ones((), dtype=torch.bool, device=index_br.device).expand(shape)
-    return (may.any(1) if may.shape[1] > 1 else may[:, 0]).expand(shape)
+    return added, together
 
 
 def _rows_of(mask: Tensor, scores: Scores, index_br: Tensor, b: slice, h: slice) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from probe.measure import blocks
 from probe.measure.blocks import RowBlock, RowSource, check_rows
+from probe.measure.masks import RowMasks, View
 from probe.measure.probabilities import FromScores
 
 
@@ -96,10 +97,19 @@ class CheckedRows:
         """1 where the layer has learned sinks."""
         return self.rows.sinks
 
+    @property
+    def view(self) -> View:
+        """What decides which keys a query sees."""
+        return self.rows.view
+
     def visible(self, index_BR: Tensor) -> Tensor:
         """Return bool (B, R, K), see :class:`~probe.measure.blocks.RowSource`."""
         return self.rows.visible(index_BR)
 
-    def blocks(self, index_BR: Tensor) -> Iterator[RowBlock]:
+    def masks(self, index_BR: Tensor) -> RowMasks | None:
+        """Return what hides keys from the rows, see :class:`~probe.measure.blocks.RowSource`."""
+        return self.rows.masks(index_BR)
+
+    def blocks(self, index_BR: Tensor, masks: RowMasks | None = None) -> Iterator[RowBlock]:
         """Yield the rows, see :class:`~probe.measure.blocks.RowSource`."""
-        return self.rows.blocks(index_BR)
+        return self.rows.blocks(index_BR, masks)

@@ -12,14 +12,38 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from probe.measure import blocks
-from probe.measure.blocks import NotObservable, RowBlock, RowSource, check_rows, plan
-from probe.measure.masks import allowed, check_masks, differs_by_head, mask_rows, visible_rows
+from probe.measure.blocks import (
+    MASKED_PAIR_BYTES,
+    PAIR_BYTES,
+    Costs,
+    NotObservable,
+    RowBlock,
+    RowSource,
+    check_rows,
+    chunk_bytes,
+    element_bytes,
+    plan,
+)
+from probe.measure.masks import (
+    RowMasks,
+    View,
+    allowed,
+    bias_rows,
+    check_masks,
+    differs_by_head,
+    row_masks,
+    shared_masks,
+    view_of,
+    visible_rows,
+)
 from probe.measure.scores import Scores
 
 __all__ = ["FromScores", "FromSoftmax", "NotObservable", "RowBlock", "RowSource", "allowed"]
 
 _MASK_BYTES = 8  # of one head's mask function at one (row, key) pair: an int64 on the way to a bool
+_GATHERED_BYTES = 12  # of one probability that is gathered: itself, its score, where that allows it
+# exp of these is 0 in float32 (float64): a score so far below the largest adds to no sum, and -inf there would make 0 * -inf.
+_FLOOR = {torch.float32: -200.0, torch.float64: -1500.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,12 +85,18 @@ class FromScores:
         """1 where the layer has learned sinks."""
         return int(self.scores.sinks_H is not None)
 
+    @property
+    def view(self) -> View:
+        """What decides which keys a query sees."""
+        return view_of(self.scores)
+
     def visible(self, index_BR: Tensor) -> Tensor:
         """Return bool (B, R, K), see :class:`~probe.measure.blocks.RowSource`; its memory is that of the result and of one block."""
         index_BR = check_rows(index_BR, self.shape)
         samples, heads, _, keys = self.shape
         by_head = differs_by_head(self.scores)
-        chunks = list(plan(samples, heads if by_head else 1, index_BR.shape[1], keys, element_bytes=_MASK_BYTES))
+        costs = Costs(chunk_bytes(self.shape), _MASK_BYTES)
+        chunks = list(plan(samples, heads if by_head else 1, index_BR.shape[1], keys, costs))
         with torch.no_grad():
             if len(chunks) == 1:
                 return visible_rows(self.scores, index_BR, slice(0, samples), slice(0, heads))
@@ -75,32 +105,38 @@ class FromScores:
                 visible_BRK[b, r] |= visible_rows(self.scores, index_BR[b, r], b, h if by_head else slice(0, heads))
         return visible_BRK
 
-    def blocks(self, index_BR: Tensor) -> Iterator[RowBlock]:
+    def masks(self, index_BR: Tensor) -> RowMasks | None:
+        """Return what hides keys from the rows, see :class:`~probe.measure.blocks.RowSource`."""
+        with torch.no_grad():
+            return shared_masks(self.scores, check_rows(index_BR, self.shape))
+
+    def blocks(self, index_BR: Tensor, masks: RowMasks | None = None) -> Iterator[RowBlock]:
         """Yield the rows, see :class:`~probe.measure.blocks.RowSource`; float32 (b, h, r, K or K + 1)."""
         index_BR = check_rows(index_BR, self.shape)
         samples, heads, _, keys = self.shape
-        group = heads // self.scores.k_BhKD.shape[1]
-        wide = 2 if self.scores.q_BHSD.dtype == torch.float64 else 1
-        for b, h, r in plan(samples, heads, index_BR.shape[1], keys, group=group, element_bytes=wide * blocks.ELEMENT_BYTES):
-            yield RowBlock(b, h, r, self._probabilities(index_BR[b, r], b, h))
+        given, pair = self.scores, PAIR_BYTES if masks is None else MASKED_PAIR_BYTES
+        each = element_bytes(self.device, wide=given.q_BHSD.dtype == torch.float64)
+        converted = given.k_BhKD.dtype not in (torch.float32, torch.float64) or given.autocast_dtype is not None
+        costs = Costs(chunk_bytes(self.shape), each, pair, heads // given.k_BhKD.shape[1], converted)
+        for b, h, r in plan(samples, heads, index_BR.shape[1], keys, costs):
+            yield self._block(index_BR[b, r], b, h, r, masks)
 
-    def _probabilities(self, index_br: Tensor, b: slice, h: slice) -> Tensor:
-        """Return p of one block. No generator: what a generator enters stays entered where its consumer runs."""
-        given = self.scores
+    def _block(self, index_br: Tensor, b: slice, h: slice, r: slice, masks: RowMasks | None) -> RowBlock:
+        """Return one block. No generator: what a generator enters stays entered where its consumer runs."""
+        given, keys = self.scores, self.shape[3]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            scores_bhrK = _products(given, index_br, b, h)
+            here = row_masks(given, index_br, b, h) if masks is None else masks.of(b, r)
+            scores_bhrK = _products(given, index_br, b, h, chunk_bytes(self.shape) // 2)
             if given.softcap is not None:
                 scores_bhrK = scores_bhrK.div_(given.softcap).tanh_().mul_(given.softcap)
-            bias, may = mask_rows(given, index_br, b, h)
-            if bias is not None:
-                scores_bhrK += bias
-            if may is not None:
-                scores_bhrK.masked_fill_(~may, float("-inf"))
+            bias = bias_rows(given, index_br, b, h)
+            for added in (bias, here.added):
+                if added is not None:
+                    scores_bhrK += added
             if given.sinks_H is not None:
                 sink_1h11 = given.sinks_H.detach()[h].to(scores_bhrK.dtype)[None, :, None, None]
                 scores_bhrK = torch.cat((scores_bhrK, sink_1h11.expand(*scores_bhrK.shape[:3], 1)), -1)
-            p = torch.softmax(scores_bhrK, -1).float()
-            return p if may is None else p.masked_fill_(~may.any(-1, keepdim=True), 0.0)
+            return _softmax(RowBlock(b, h, r, scores_bhrK), here.blind, keys, floor=here.added is not None or bias is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +180,15 @@ class FromSoftmax:
         """Always the same words."""
         return "materialised softmax"
 
+    @property
+    def view(self) -> View | None:
+        """Nothing: which keys a query sees is read from the scores."""
+        return None
+
+    def masks(self, index_BR: Tensor) -> RowMasks | None:
+        """Return nothing, see :class:`~probe.measure.blocks.RowSource`."""
+        return None
+
     def visible(self, index_BR: Tensor) -> Tensor:
         """Return bool (B, R, K), see :class:`~probe.measure.blocks.RowSource`; its memory is that of the result and of one block."""
         index_BR = check_rows(index_BR, self.shape)
@@ -153,7 +198,7 @@ class FromSoftmax:
                 visible_BRK[b, r] |= allowed(self._rows(self.scores_BHSK, index_BR[b, r], b, h)[..., : self.shape[3]]).any(1)
         return visible_BRK
 
-    def blocks(self, index_BR: Tensor) -> Iterator[RowBlock]:
+    def blocks(self, index_BR: Tensor, masks: RowMasks | None = None) -> Iterator[RowBlock]:
         """Yield the rows, see :class:`~probe.measure.blocks.RowSource`; float32 (b, h, r, K or K + 1)."""
         index_BR = check_rows(index_BR, self.shape)
         for b, h, r in self._plan(index_BR):
@@ -161,7 +206,8 @@ class FromSoftmax:
 
     def _plan(self, index_BR: Tensor) -> Iterator[tuple[slice, slice, slice]]:
         samples, heads, _, keys = self.shape
-        return plan(samples, heads, index_BR.shape[1], keys)
+        each = max(_GATHERED_BYTES, element_bytes(self.device, wide=self.weights_BHSK.dtype == torch.float64))
+        return plan(samples, heads, index_BR.shape[1], keys, Costs(chunk_bytes(self.shape), each))
 
     def _probabilities(self, index_br: Tensor, b: slice, h: slice) -> Tensor:
         """Return p of one block; a row whose scores hide every key (a uniform softmax) becomes 0."""
@@ -190,8 +236,38 @@ def _check_shapes(q: Tensor, k: Tensor) -> None:
         raise NotObservable(f"{shapes}: the heads do not fit")
 
 
-def _products(given: Scores, index_br: Tensor, b: slice, h: slice) -> Tensor:
-    """Return q @ k^T * scale of the rows, (b, h, r, K), in float32 (float64 for float64 input)."""
+def _softmax(block: RowBlock, blind: Tensor | None, keys: int, *, floor: bool) -> RowBlock:
+    """Return the block with probabilities in the place of its scores, which are overwritten.
+
+    Source: with z = s - max(s): p = exp(z) / Z, Z the sum of exp(z); entropy = log Z - the sum of p z.
+
+    Args:
+        block: Scores as ``p``.
+        blind: Rows that see no key, if any may be.
+        keys: Columns that are keys.
+        floor: Whether scores may be so low that they become -inf.
+    """
+    z_bhrC = block.p
+    z_bhrC -= z_bhrC.amax(-1, keepdim=True)
+    if floor:
+        z_bhrC.clamp_(min=_FLOOR[z_bhrC.dtype])
+    p_bhrC = z_bhrC.exp()
+    sum_bhr = p_bhrC.sum(-1)
+    if blind is not None:
+        sum_bhr = sum_bhr.masked_fill(blind, torch.inf)
+    p_bhrC /= sum_bhr.unsqueeze(-1)
+    entropy_bhr = sum_bhr.log() - z_bhrC.mul_(p_bhrC).sum(-1)
+    if blind is not None:
+        entropy_bhr = entropy_bhr.masked_fill(blind, 0.0)
+    # Where every column is a key, the largest probability is exp(0) / Z.
+    top_bhr = sum_bhr.reciprocal() if p_bhrC.shape[-1] == keys else None
+    if p_bhrC.dtype == torch.float64:
+        return RowBlock(block.samples, block.heads, block.rows, p_bhrC.float(), entropy_bhr, top_bhr)
+    return RowBlock(block.samples, block.heads, block.rows, p_bhrC, entropy_bhr, top_bhr, z_bhrC)
+
+
+def _products(given: Scores, index_br: Tensor, b: slice, h: slice, limit: int) -> Tensor:
+    """Return q @ k^T * scale of the rows, (b, h, r, K), in float32 (float64 for float64 input); temporaries within ``limit`` bytes."""
     q_BHSD, k_BhKD = given.q_BHSD.detach(), given.k_BhKD.detach()
     heads, width = q_BHSD.shape[1], q_BHSD.shape[3]
     group = heads // k_BhKD.shape[1]
@@ -203,20 +279,21 @@ def _products(given: Scores, index_br: Tensor, b: slice, h: slice) -> Tensor:
     shared = slice(h.start // group, (h.stop - 1) // group + 1)
     k_bhKD = k_BhKD[b if k_BhKD.shape[0] > 1 else slice(None), shared].expand(q_bhrD.shape[0], -1, -1, -1)
     q_bhND = q_bhrD.reshape(k_bhKD.shape[0], k_bhKD.shape[1], -1, width)
-    return _matmul(q_bhND, k_bhKD, rounded).view(*q_bhrD.shape[:3], -1)
+    return _matmul(q_bhND, k_bhKD, rounded, limit).view(*q_bhrD.shape[:3], -1)
 
 
-def _matmul(q_bhND: Tensor, k_bhKD: Tensor, rounded: torch.dtype | None) -> Tensor:
-    """Return q @ k^T as (b * h, N, K) in q's dtype: keys that must be converted or laid out are so by the piece, at half of a chunk."""
+def _matmul(q_bhND: Tensor, k_bhKD: Tensor, rounded: torch.dtype | None, limit: int) -> Tensor:
+    """Return q @ k^T as (b * h, N, K) in q's dtype: keys that must be converted, or copied, are so by the piece, within the limit."""
     keys = k_bhKD.shape[2]
     at_once = keys
-    if k_bhKD.dtype != q_bhND.dtype or rounded is not None or not k_bhKD.is_contiguous():
-        at_once = max(1, blocks.CHUNK_BYTES // 2 // max(1, k_bhKD.numel() // keys * q_bhND.element_size()))
+    as_it_is = k_bhKD.dtype == q_bhND.dtype and rounded is None and (k_bhKD.shape[0] == 1 or k_bhKD.is_contiguous())
+    if not as_it_is:
+        at_once = max(1, limit // max(1, k_bhKD.numel() // keys * q_bhND.element_size()))
     q_nND = q_bhND.flatten(0, 1)
 
     def piece(start: int) -> Tensor:
         part = _round(k_bhKD[:, :, start : start + at_once], rounded)
-        if part.dtype != q_bhND.dtype or not part.is_contiguous():
+        if not as_it_is:
             part = torch.empty(part.shape, dtype=q_bhND.dtype, device=part.device).copy_(part)
         return torch.bmm(q_nND, part.flatten(0, 1).mT)
 

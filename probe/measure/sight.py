@@ -1,4 +1,4 @@
-"""What sampled attention rows can see: keys of each modality, where they lie, and how much each row therefore counts.
+"""What sampled attention rows can see: keys of each modality, and how much each row therefore counts.
 
 Shapes: B batch, S tokens (queries), K keys, R sampled rows a sample, M groups of keys; b, r: those of one block.
 """
@@ -16,36 +16,9 @@ from probe.measure.blocks import NotObservable
 from probe.measure.rows import RowChoice
 from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT, UNKNOWN
 
-#: Columns of :meth:`Sight.columns`.
+#: Columns of :meth:`Sight.columns`; audio includes the reference.
 GROUPS = ("padding", "text", "audio", "reference", "first", "place")
-#: Half the width of the diagonal band: in keys for self-attention, in shares of both lengths for cross-attention.
-BAND_KEYS, BAND_SHARE = 4, 0.1
 _SEEN_BYTES = 16  # of one (row, key) pair that is counted
-_ROUNDING = 1e-6  # shares of keys are float32
-
-
-@dataclass(frozen=True, slots=True)
-class Places:
-    """Where rows and keys lie on a common scale: in keys for self-attention, as shares of both lengths for cross-attention.
-
-    Attributes:
-        row_BR: float64.
-        key_BK: (1, K) where it is the same for all samples; infinite for a key that lies nowhere (padding).
-        band: Rows and keys this near lie in the diagonal band.
-        in_keys: Whether a difference is a number of keys.
-    """
-
-    row_BR: Tensor
-    key_BK: Tensor
-    band: float
-    in_keys: bool
-
-    def columns(self, b: slice, r: slice) -> Tensor:
-        """Return float64 (b, r, K, 2): 1 in the band, and the distance in keys (in cross-attention the band again, which nobody weighs)."""
-        key_bK = self.key_BK[b] if self.key_BK.shape[0] > 1 else self.key_BK
-        away_brK = (key_bK[:, None] - self.row_BR[b, r, None]).abs()
-        near_brK = (away_brK <= self.band).double()
-        return torch.stack((near_brK, away_brK if self.in_keys else near_brK), -1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +44,13 @@ class Sight:
     first_B1: Tensor
     text_audio_BK: Tensor | None
 
-    def columns(self, b: slice) -> Tensor:
-        """Return float64 (b, K, M): 1 where a key is in a group; in the last column its number, where it is audio or reference."""
+    def columns(self, b: slice, dtype: torch.dtype) -> Tensor:
+        """Return (b, K, M): 1 where a key is in a group; in the last column its number, where it is audio or reference."""
         key_bK1 = self.key_BK[b, :, None]
         place_K1 = torch.arange(key_bK1.shape[1], device=key_bK1.device)[:, None]
-        groups_bKM = key_bK1.new_zeros((*key_bK1.shape[:2], len(GROUPS)), dtype=torch.float64)
+        groups_bKM = key_bK1.new_zeros((*key_bK1.shape[:2], len(GROUPS)), dtype=dtype)
         groups_bKM[..., :4] = key_bK1 == torch.arange(4, device=key_bK1.device)
+        groups_bKM[..., 2] += groups_bKM[..., 3]
         groups_bKM[..., 4:5] = place_K1 == self.first_B1[b, None]
         groups_bKM[..., 5:] = (key_bK1 >= AUDIO) * place_K1
         return groups_bKM
@@ -92,7 +66,7 @@ class Sight:
             *(one_BR, one_BR * self.keys_known, text_BR & sees_text_BR, text_BR & sees_audio_BR, text_BR & sees_reference_BR),
             *(audio_BR & sees_text_BR, audio_BR & sees_audio_BR, (self.query_BR == AUDIO) & sees_reference_BR),
         )
-        return torch.stack([count.double() for count in counts], -1) * self.weight_BR[..., None]
+        return torch.stack(counts, -1) * self.weight_BR[..., None]
 
 
 def check_call(shape: tuple[int, int, int, int], choice: RowChoice, query_BS: Tensor | None, key_BK: Tensor | None) -> None:
@@ -152,36 +126,12 @@ def look(
     )
 
 
-def places(choice: RowChoice, keys: int, query_BS: Tensor | None, key_BK: Tensor | None, *, self_attention: bool) -> Places:
-    """Return where rows and keys lie. In self-attention row i lies at key i + K - S.
-
-    In cross-attention, the n-th (from 0) of N tokens or frames that are not padding lies at (n + ½) / N; all count where padding is not
-    known.
-    """
-    device = choice.index_BR.device
-    if self_attention:
-        own_BR = choice.index_BR + (keys - choice.queries)
-        return Places(own_BR.double(), torch.arange(keys, device=device).double()[None], BAND_KEYS, True)
-    row_BR = _shares(query_BS, choice.queries, device).expand(choice.index_BR.shape[0], -1).gather(1, choice.index_BR)
-    return Places(row_BR.double(), _shares(key_BK, keys, device), BAND_SHARE + _ROUNDING, False)
-
-
-def _shares(codes: Tensor | None, length: int, device: torch.device) -> Tensor:
-    """Return where each token lies between a sample's first (0) and last (1) that is not padding, float32; padding at infinity."""
-    real = torch.ones((1, length), dtype=torch.bool, device=device) if codes is None else codes != PADDING
-    shares: list[Tensor] = []
-    for b in _some(real.shape[0], length * 32):
-        rank = real[b].cumsum(1).double()
-        shares.append(((rank - 0.5) / rank[:, -1:]).float().masked_fill_(~real[b], float("inf")))
-    return shares[0] if len(shares) == 1 else torch.cat(shares)
-
-
 def _count(visible_BrK: Tensor, codes_BK: Tensor) -> Tensor:
     """Return float32 (B, r, 4): how many keys of any kind, of text, audio and reference are visible. Exact: ones are added."""
     counts: list[Tensor] = []
     samples, rows, keys = visible_BrK.shape
     kinds_M = torch.arange(TEXT, REFERENCE + 1, device=codes_BK.device)
-    for b in _some(samples, keys * (_SEEN_BYTES + 4 * rows)):
+    for b in some(samples, keys * (_SEEN_BYTES + 4 * rows)):
         visible_brK = visible_BrK[b].float()
         kinds_bKM = (codes_BK[b, :, None] == kinds_M).float()
         with torch.autocast(visible_brK.device.type, enabled=False):
@@ -190,7 +140,7 @@ def _count(visible_BrK: Tensor, codes_BK: Tensor) -> Tensor:
     return counts[0] if len(counts) == 1 else torch.cat(counts)
 
 
-def _some(samples: int, sample_bytes: int) -> Iterator[slice]:
+def some(samples: int, sample_bytes: int) -> Iterator[slice]:
     """Yield slices of samples that stay within ``CHUNK_BYTES``."""
     step = max(1, blocks.CHUNK_BYTES // max(1, sample_bytes))
     return (slice(start, min(start + step, samples)) for start in range(0, samples, step))

@@ -11,33 +11,39 @@ from torch import Tensor
 from probe.measure import blocks
 from probe.measure.blocks import RowBlock
 
+_TOGETHER_BYTES = 128  # of one key of one sample and head: 16 of it while entropies are taken, of an eighth of a chunk
 _TIE_KEYS = 1e-3  # centres of attention nearer than this are told apart by rounding only
 
 
 class Coverage:
     """Adds up the distribution of a sample's text rows over its audio keys, block by block, and says how much of them it covers.
 
-    Holds one float64 distribution for each sample and head of the blocks in work, and one number for each of all.
+    Holds one float32 distribution for each sample and head, of all of them where that is small, else of the blocks in work.
     """
 
     def __init__(self, weight_BR: Tensor, audio_BK: Tensor, heads: int) -> None:
         """Take the weights of the text rows (0 for others) and the audio keys that they see."""
-        self._weight_BR = weight_BR
+        samples, keys = audio_BK.shape
+        self._weight_BR = weight_BR.float()
         self._audio_BK = audio_BK
-        self._coverage_BH = weight_BR.new_zeros((weight_BR.shape[0], heads))
+        self._coverage_BH = weight_BR.new_zeros((samples, heads))
         self._at: tuple[slice, slice] | None = None
         self._sum_bhK: Tensor | None = None
+        self._together = samples * heads * keys <= blocks.CHUNK_BYTES // _TOGETHER_BYTES
+        if self._together:
+            self._at = (slice(0, samples), slice(0, heads))
+            self._sum_bhK = self._weight_BR.new_zeros((samples, heads, keys))
 
-    def add(self, block: RowBlock, p_brhK: Tensor) -> None:
-        """Add a block, whose probabilities are float64 and free to be overwritten."""
-        if self._at != (block.samples, block.heads):
+    def add(self, block: RowBlock, p_bhrK: Tensor) -> None:
+        """Add a block, whose probabilities are overwritten."""
+        at = (block.samples, block.heads)
+        if not self._together and self._at != at:
             self._close()
-            self._at, self._sum_bhK = (block.samples, block.heads), None
-        b, r, h, keys = p_brhK.shape
-        weight_br = self._weight_BR[block.samples, block.rows]
-        p_brhK.masked_fill_((weight_br == 0)[:, :, None, None], 0.0)  # padding may hold anything, also NaN
-        sum_bhK = (weight_br[:, None] @ p_brhK.view(b, r, h * keys)).view(b, h, keys)
-        self._sum_bhK = sum_bhK if self._sum_bhK is None else self._sum_bhK.add_(sum_bhK)
+            self._at, self._sum_bhK = at, torch.zeros_like(p_bhrK[:, :, 0])
+        assert self._sum_bhK is not None
+        sum_bhK = p_bhrK.mul_(self._weight_BR[block.samples, None, block.rows, None]).sum(2)
+        target_bhK = self._sum_bhK[at] if self._together else self._sum_bhK
+        target_bhK += sum_bhK
 
     def value(self) -> Tensor:
         """Return float64 (B, H): exp(entropy of the mean distribution over audio keys) ÷ how many of them are visible; 0 … 1.
@@ -51,7 +57,7 @@ class Coverage:
         if self._at is None or self._sum_bhK is None:
             return
         b, h = self._at
-        sum_bhK = self._sum_bhK.masked_fill_(~self._audio_BK[b, None], 0.0)
+        sum_bhK = self._sum_bhK.double() * self._audio_BK[b, None]
         total_bh = sum_bhK.sum(-1)
         entropy_bh = torch.special.entr(sum_bhK).sum(-1) / total_bh + total_bh.log()
         visible_b1 = self._audio_BK[b].sum(-1, keepdim=True)

@@ -18,6 +18,8 @@ from probe.capture.observers.modality import late_modality, modalities
 from probe.capture.tap import AttentionTap
 from probe.measure.attention import HeadMeanRows, describe, describe_later, finish_later, held_bytes
 from probe.measure.blocks import NotObservable, RowSource
+from probe.measure.masks import View
+from probe.measure.prepared import Prepared, prepare
 from probe.measure.quantities import COLUMNS, AttentionSums
 from probe.measure.rows import RowChoice, choose_all_valid, choose_rows
 from probe.records import Site
@@ -50,6 +52,27 @@ class _Held:
     nbytes: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    """What a layer's rows were prepared with, and what for: layers of its kind that see the same keys are measured with it, too.
+
+    Holds the masks of that layer by reference until another layer of the kind has others, or the root returns.
+    """
+
+    view: View | None
+    query_BS: Tensor | None
+    key_BK: Tensor | None
+    choice: RowChoice
+    sinks: int
+    prepared: Prepared
+
+    def fits(self, source: RowSource, query_BS: Tensor | None, key_BK: Tensor | None, choice: RowChoice) -> bool:
+        """Tell whether it holds for a call."""
+        same = self.query_BS is query_BS and self.key_BK is key_BK and self.choice is choice and self.sinks == source.sinks
+        view = source.view
+        return same and self.view is not None and view is not None and self.view.same(view)
+
+
 class AttentionWatcher(Watcher):
     """Enters a tap in each attention module, and reduces what the tap sees. Keeps no q, k or weights.
 
@@ -80,7 +103,8 @@ class AttentionWatcher(Watcher):
         name = call.site.name
 
         def see(source: RowSource) -> None:
-            self._see(call, source, buffer)
+            with buffer.meter.section(self.name, launches=True):
+                self._see(call, source, buffer)
 
         def fail(error: Exception) -> None:
             if isinstance(error, NotObservable):
@@ -115,9 +139,22 @@ class AttentionWatcher(Watcher):
         _, heads, _, keys = source.shape
         query_BS, key_BK = modalities(call, source.shape)
         choice = self._choice(call, source, query_BS, salt=buffer.step or 0)
-        if not self._held(call, source, choice, buffer, known=query_BS is not None or key_BK is not None):
-            kind = call.site.kind
-            found = describe(
+        prepared = self._prepared(call, source, choice, query_BS, key_BK)
+        if not self._held(call, source, prepared, buffer, known=query_BS is not None or key_BK is not None):
+            _add(call.site, describe(source, prepared), buffer)
+        totals.tell(name, (heads, keys, source.how))
+        check: Checked | None = getattr(source, "check", None)
+        if check is not None:
+            worst = check.mismatch(source, choice.index_BR).double().nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a NaN
+            totals.add(name, maxima=worst.reshape(1))
+
+    def _prepared(self, call: Call, source: RowSource, choice: RowChoice, query_BS: Tensor | None, key_BK: Tensor | None) -> Prepared:
+        """Return what does not depend on q and k: that of the layer of the kind before this one, where it sees the same."""
+        kind, scratch = call.site.kind, call.micro.scratch
+        key = ("prepared", kind, source.shape)
+        shared: _Shared | None = scratch.get(key)
+        if shared is None or not shared.fits(source, query_BS, key_BK, choice):
+            prepared = prepare(
                 source,
                 choice,
                 query_modality_BS=query_BS,
@@ -125,22 +162,18 @@ class AttentionWatcher(Watcher):
                 self_attention=kind != "cross",
                 walks=kind in ("cross", "joint"),
             )
-            _add(call.site, found, buffer)
-        totals.tell(name, (heads, keys, source.how))
-        check: Checked | None = getattr(source, "check", None)
-        if check is not None:
-            worst = check.mismatch(source, choice.index_BR).double().nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a NaN
-            totals.add(name, maxima=worst.reshape(1))
+            scratch[key] = shared = _Shared(source.view, query_BS, key_BK, choice, source.sinks, prepared)
+        return shared.prepared
 
-    def _held(self, call: Call, source: RowSource, choice: RowChoice, buffer: StepBuffer, *, known: bool) -> bool:
+    def _held(self, call: Call, source: RowSource, prepared: Prepared, buffer: StepBuffer, *, known: bool) -> bool:
         """Hold the rows until the root returns, where that may tell more of them; return whether they are held."""
         if known or call.site.kind != "joint":
             return False
-        nbytes = held_bytes(source.shape, choice)
+        nbytes = held_bytes(source.shape, prepared.choice)
         if not buffer.reserve(f"{attention_cell(call.site.name)}/{MODALITY}", nbytes):
             return False
         try:
-            rows = describe_later(source, choice)
+            rows = describe_later(source, prepared)
         except Exception:
             buffer.release(nbytes)
             raise

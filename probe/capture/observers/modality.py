@@ -6,7 +6,7 @@ Shapes: B batch, C clips, T audio frames, S tokens (queries), K keys.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -50,6 +50,7 @@ class _Known:
         frames: Which feature frames sound, (C, T) bool.
         layers: Codes of the tokens as a decoder layer's arguments tell them, (B, S) int8.
         late: Codes of the tokens as the root's output tells them, in a list of one once it was asked.
+        folded: Codes of the encoder's frames by clips and frames, as they were asked for: of all layers the same.
     """
 
     roles: AudioRoles
@@ -57,6 +58,7 @@ class _Known:
     frames: Tensor | None
     layers: Tensor | None = None
     late: list[Tensor | None] | None = None
+    folded: dict[tuple[int, int], Tensor | None] = field(default_factory=dict)
 
     def late_told(self) -> bool:
         """Tell whether the root's output was asked and told the modality of its tokens."""
@@ -72,7 +74,9 @@ class _Known:
 
     def of_frames(self, samples: int, length: int) -> Tensor | None:
         """Return the codes of (``samples``, ``length``) frames of the encoder, if the feature frames fold to that."""
-        return None if self.frames is None else fold_frames(self.frames, frames=length, clips=samples)
+        if self.frames is not None and (samples, length) not in self.folded:
+            self.folded[samples, length] = fold_frames(self.frames, frames=length, clips=samples)
+        return self.folded.get((samples, length))
 
 
 class ModalityWatcher(Watcher):

@@ -1,0 +1,163 @@
+"""Measures what the probe costs and writes results, page and plot: ``python -m benchmarks.overhead [--pairs N] [--minutes M] ...``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+import transformers
+
+import probe
+from benchmarks.overhead.contenders import Contender, contenders
+from benchmarks.overhead.measuring import Budget, measure
+from benchmarks.overhead.page import page
+from benchmarks.overhead.results import Results, read, write
+from benchmarks.overhead.subjects import SUBJECTS, Subject
+from benchmarks.units.targets import Target
+
+RESULTS = Path(__file__).parents[1] / "results"
+DOCS = Path(__file__).parents[2] / "docs"
+_RESERVED_GIB = 6
+_OPTIONAL = ("wandb", "nnsight", "torchlens")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure what was asked for, and write it."""
+    options = _options(arguments)
+    found = options.results or RESULTS / f"overhead-{date.today().isoformat()}-{_device()}.json"
+    if not options.page_only:
+        warnings.filterwarnings("ignore", message="TorchLens observed")  # one a step, of transformers' own code
+        transformers.logging.set_verbosity_error()
+        write(run(options), found)
+        print(f"wrote {found}")
+    publish([read(path) for path in latest(found)], options.docs)
+
+
+def run(options: argparse.Namespace) -> Results:
+    """Measure the chosen contenders on the chosen models."""
+    subjects = [subject for subject in SUBJECTS if subject.name in options.models]
+    load, begin, device = os.getloadavg()[0], time.monotonic(), _device()
+    models = [
+        measure(
+            subject,
+            chosen(options.contenders, subject),
+            Budget(
+                rounds=options.idle_pairs if subject.fast else options.pairs,
+                seconds=60 * options.minutes * subject.share / sum(each.share for each in subjects),
+                memory=(options.memory or _memory_gib(device)) * 2**30,
+            ),
+            device=device,
+            say=lambda line: print(f"{(time.monotonic() - begin) / 60:5.1f} min  {line}", flush=True),
+        )
+        for subject in subjects
+    ]
+    minutes = (time.monotonic() - begin) / 60
+    return Results(date.today().isoformat(), device, machine(device), versions(), minutes, load, models)
+
+
+def chosen(names: Sequence[str], subject: Subject) -> list[Contender]:
+    """Return the contenders asked for (all if none are named), those that need many pairs on models of short steps only."""
+    return [each for each in contenders() if (not names or each.name in names) and (subject.fast or not each.long)]
+
+
+def publish(results: Sequence[Results], docs: Path) -> None:
+    """Write page and plots; other benchmarks' targets of the same device are on it if their results lie there."""
+    plots = [f"overhead-{run.device}.svg" if run.device == "cuda" else "overhead.svg" for run in results]
+    drawn = []
+    for run, name in zip(results, plots, strict=True):
+        try:
+            from benchmarks.overhead.plot import draw
+
+            draw(run, docs / name)
+            drawn.append(name)
+        except ModuleNotFoundError as error:
+            print(f"no plot: {error}")
+    (docs / "overhead.md").write_text(page(results, others=[units(run.device) for run in results], plots=drawn), encoding="utf-8")
+    print(f"wrote {docs / 'overhead.md'}")
+
+
+def latest(given: Path) -> list[Path]:
+    """Return the file given and, of the other kind of device, the newest beside it."""
+    other = "cpu" if given.stem.endswith("cuda") else "cuda"
+    return [given, *sorted(given.parent.glob(f"overhead-*-{other}.json"))[-1:]]
+
+
+def units(device: str) -> list[Target]:
+    """Return the targets that the newest measurement of unit costs on this device has, if there is one that was not just a trial."""
+    for path in sorted(RESULTS.glob("units-*.json"), reverse=True):
+        report = json.loads(path.read_text(encoding="utf-8"))
+        if ("cpu" in path.stem) == (device == "cpu") and not report.get("quick"):
+            return [Target(**row) for row in report["targets"]]
+    return []
+
+
+def machine(device: str) -> str:
+    """Return the name of the device and what is round it."""
+    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, {cores}"
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{model}, {cores}"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that the figures hold for."""
+    found = {"Python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__}
+    for name in _OPTIONAL:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "missing"
+    return {**found, "probe": f"{probe.__version__} ({_commit()})"}
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "no checkout"
+
+
+def _device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _memory_gib(device: str) -> float:
+    """Return what copies of the model may take: what is free, less what a step needs."""
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0] / 2**30 * 0.6
+    info = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    free = next(int(line.split()[1]) for line in info if line.startswith("MemAvailable")) / 2**20
+    return max(2.0, free - _RESERVED_GIB)
+
+
+def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    names = [subject.name for subject in SUBJECTS]
+    parser.add_argument("--models", nargs="+", choices=names, default=names, help="models to train")
+    parser.add_argument("--contenders", nargs="+", choices=[each.name for each in contenders()], default=[], help="default: all")
+    parser.add_argument("--pairs", type=int, default=10, help="pairs of idle and of sampled steps on a model of long steps, at least")
+    parser.add_argument("--idle-pairs", type=int, default=200, help="pairs of idle steps on a model of short steps, at least")
+    parser.add_argument("--minutes", type=float, default=20, help="time that the pairs of all models have together")
+    parser.add_argument("--memory", type=float, default=None, help="GiB for the copies of a model (default: what is free, less a reserve)")
+    parser.add_argument("--results", type=Path, default=None, help="the file to write (default: by date and device in benchmarks/results)")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of page and plot")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page of the results that are there")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()

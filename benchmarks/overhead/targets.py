@@ -1,0 +1,148 @@
+"""What the probe is meant to cost, each target with the figure that was measured beside it. Pure: results in, verdicts out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from benchmarks.overhead.ratios import Ratio
+from benchmarks.overhead.results import ModelResult, Results, Row
+from benchmarks.units.targets import Target
+
+PAIRS = 200
+EVERY, PASSES_EVERY = 100, 500
+BUDGET_MIB = 64
+_NO_DEVICE = "no CUDA device"
+
+
+def verdict(target: Target) -> str:
+    """Return whether a target is met, in words, and why not or what to know of the figure."""
+    if target.met is None:
+        return f"not measured{': ' if target.why else ''}{target.why}"
+    if target.met:
+        return f"met{'; ' if target.why else ''}{target.why}"
+    return f"**missed**{', because ' if target.why else ''}{target.why}"
+
+
+def targets(results: Results) -> list[Target]:
+    """Return the targets that this benchmark measures."""
+    return [*_unsampled(results), *_sampled(results), *_rare(results), _memory(results), _waiting(results)]
+
+
+def spread(ratio: Ratio, every: int, *, less: float = 1.0) -> float:
+    """Return the mean step of a cadence of which one step in ``every`` costs ``ratio`` where it would else cost ``less``."""
+    return 1 + (ratio.value - less) / every
+
+
+def _unsampled(results: Results) -> list[Target]:
+    idle = [(model, row) for model in results.models if (row := model.row("idle"))]
+    what = "an unsampled step"
+    found = [
+        _most(f"{what}: tensor operations, views included", "0", idle, lambda row: row.kernels + row.views, lambda most: most <= 0),
+        _most(f"{what}: extra memory at its peak", "0 MiB", idle, lambda row: row.peak_mib, lambda most: most < 0.005, unit=" MiB"),
+    ]
+    often = max(idle, key=lambda pair: _ratio(pair[1]).pairs, default=None)
+    for low, high, when in ((0.99, 1.01, ""), (0.998, 1.002, ", on a quiet machine")):
+        name, bound = f"{what}: time ÷ plain, at least {PAIRS} pairs{when}", f"95 % within [{low}, {high}]"
+        if often is None or _ratio(often[1]).pairs < PAIRS:
+            found.append(Target(name, bound, "", None, f"fewer than {PAIRS} pairs"))
+            continue
+        model, ratio = often[0], _ratio(often[1])
+        again = model.row("again")
+        noise = f"a second plain Trainer: {_ratio(again).text()}" if again else ""
+        load = f"load when it began: {results.load:.1f}" if when else ""
+        kept = low <= ratio.low and ratio.high <= high
+        found.append(Target(name, bound, f"{ratio.text()}, {ratio.pairs} pairs, {model.title}", kept, "; ".join(filter(None, (noise, load)))))
+    return found
+
+
+def _sampled(results: Results) -> list[Target]:
+    statistics = [(model, row) for model in results.models if (row := model.row("only statistics"))]
+    cuda = results.device == "cuda"
+    what, bound = "a sampled step with everything on, Whisper-small-sized", "≤ 1.05 × plain"
+    small = next((model for model in results.models if model.small and model.row("sampled")), None)
+    here = Target(f"{what}, {results.device.upper()}", bound, "", None, "no such model in this run")
+    if small is not None:
+        ratio = _ratio(small.row("sampled"))
+        kept = ratio.value <= 1.05
+        why = _largest(results) if not kept else "the interval reaches above the bound" if ratio.high > 1.05 else ""
+        here = Target(here.target, bound, f"{ratio.text()}, {ratio.pairs} pairs", kept, why)
+    there = [] if cuda else [Target(f"{what}, CUDA", bound, "", None, _NO_DEVICE)]
+    per_site = [
+        Target(
+            "a sampled step, statistics only: tensor operations a site, those of the step itself included",
+            "≤ 6",
+            f"{row.kernels / model.sites:.1f}, {model.title}, {model.sites} sites",
+            row.kernels <= 6 * model.sites,
+        )
+        for model, row in statistics
+        if model.sites
+    ]
+    return [*per_site, here, *there]
+
+
+def _rare(results: Results) -> list[Target]:
+    """Return the targets of what happens in one step of many, computed from what that one costs."""
+    small = next((model for model in results.models if model.small), None)
+    sampled, passes = (small.row(name) if small else None for name in ("sampled", "passes"))
+    found = []
+    name = f"the same at the default cadence (every {EVERY}), computed"
+    if sampled is None:
+        found.append(Target(name, "≤ 1.001 × plain", "", None, "no such model in this run"))
+    else:
+        figure = spread(_ratio(sampled), EVERY)
+        measured = [f"{model.title}, measured: {_ratio(row).text()}" for model in results.models if (row := model.row(f"every-{EVERY}"))]
+        found.append(Target(name, "≤ 1.001 × plain", f"{figure:.4f}", figure <= 1.001, "; ".join(measured)))
+    name = f"counterfactual passes at their default cadence (every {PASSES_EVERY}), computed"
+    if sampled is None or passes is None:
+        found.append(Target(name, "≤ 1.002 × plain", "", None, "no such model in this run"))
+    else:
+        figure = spread(_ratio(passes), PASSES_EVERY, less=_ratio(sampled).value)
+        found.append(Target(name, "≤ 1.002 × plain", f"{figure:.4f}", figure <= 1.002))
+    return found
+
+
+def _memory(results: Results) -> Target:
+    rows = [(model, row) for model in results.models if (row := model.row("sampled"))]
+    name = "a sampled step with everything on: extra memory at its peak"
+    return _most(name, f"≤ {BUDGET_MIB} MiB", rows, lambda row: row.peak_mib, lambda most: most <= BUDGET_MIB, unit=" MiB")
+
+
+def _waiting(results: Results) -> Target:
+    name, bound = "a sampled step: synchronisations beyond the plain step's", "0"
+    if results.device != "cuda":
+        return Target(name, bound, "", None, f"{_NO_DEVICE}; counted without one in `tests/integration/test_budgets.py`")
+    rows = [(model, row) for model in results.models if (row := model.row("sampled"))]
+    return _most(name, bound, rows, lambda row: row.syncs, lambda most: most <= 0)
+
+
+def _most(
+    name: str,
+    bound: str,
+    rows: Sequence[tuple[ModelResult, Row]],
+    figure: Callable[[Row], float],
+    kept: Callable[[float], bool],
+    *,
+    unit: str = "",
+) -> Target:
+    if not rows:
+        return Target(name, bound, "", None, "not in this run")
+    model, row = max(rows, key=lambda pair: figure(pair[1]))
+    most = figure(row)
+    shown = f"{most:.2f}" if isinstance(most, float) else str(most)
+    return Target(name, bound, f"{shown}{unit} at most of {len(rows)} models ({model.title})", kept(most))
+
+
+def _largest(results: Results) -> str:
+    """Say which features cost most, where they were measured one by one."""
+    for model in results.models:
+        parts = [row for row in model.rows if row.name.startswith("only ") and row.ratio is not None]
+        if parts:
+            parts.sort(key=lambda row: -_ratio(row).value)
+            told = ", ".join(f"{row.gives} {100 * (_ratio(row).value - 1):.1f} %" for row in parts[:2])
+            return f"alone and on {model.title} these cost most: {told}"
+    return ""
+
+
+def _ratio(row: Row | None) -> Ratio:
+    assert row is not None and row.ratio is not None
+    return row.ratio
