@@ -244,6 +244,36 @@ def test_nonfinite_rows(bad: float) -> None:
     assert columns(score(logits, labels)) == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("vocabulary", [1023, 1024, 1025, 1300, 5000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_argmax_is_the_first_of_the_largest(dtype: torch.dtype, vocabulary: int) -> None:
+    """Found in stripes it is where torch finds it in the whole row: among equals too, at both ends, beside -inf, and in a view."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randint(-9, 5, (40, vocabulary + 3), generator=generator).to(dtype)[:, 1:-2]  # many equals
+    logits[:20] = torch.randn(20, vocabulary, generator=generator).to(dtype)
+    for row, place in enumerate((0, vocabulary - 1, vocabulary // 256 * 256 - 1, vocabulary - 256, vocabulary // 2)):
+        logits[row, place] = 99.0
+    logits[5, : vocabulary - 1] = -torch.inf
+    logits[6] = 0.0
+    found = score(logits, torch.zeros(40, dtype=torch.int64), keep=40)
+    assert torch.equal(found.predictions, logits.argmax(-1))
+
+
+def test_rows_are_gathered_in_portions() -> None:
+    """More rows than are gathered at a time are added up in portions: as many sums as all rows at once have."""
+    generator = torch.Generator().manual_seed(11)
+    logits = torch.randn(20_000, 6, generator=generator)
+    labels = torch.randint(-1, 7, (20_000,), generator=generator).masked_fill(torch.rand(20_000, generator=generator) < 0.2, -100)
+    histogram = torch.zeros(6, dtype=torch.int32)
+    found = score(logits, labels, histogram=histogram, keep=20_000)
+    counted = (labels >= 0) & (labels < 6)
+    loss = torch.nn.functional.cross_entropy(logits.double(), labels.where(counted, torch.tensor(-100)), reduction="sum")
+    sums = dict(zip(COLUMNS, found.sums.tolist()))
+    assert sums["labelled"] == counted.sum()
+    assert sums["cross_entropy"] == pytest.approx(loss.item(), rel=1e-6)
+    assert histogram.tolist() == torch.bincount(logits[counted].argmax(-1), minlength=6).tolist()
+
+
 def test_empty() -> None:
     """No rows: zeros and no predictions."""
     result = score(torch.empty(0, 7, 11), torch.empty(0, 7, dtype=torch.int64))

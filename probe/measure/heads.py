@@ -14,8 +14,11 @@ from torch import Tensor
 from probe.errors import ProbeValueError
 from probe.measure.calibration import CALIBRATION, calibration
 from probe.measure.chunks import MIB, accumulator, blocks
+from probe.measure.head_rows import UNCHANGED, Logits, Rows
 from probe.measure.variants import SUMS as AUDIT_SUMS
 from probe.measure.variants import Variant
+
+__all__ = ["COLUMNS", "UNCHANGED", "WORK_MIB", "HeadScore", "Logits", "score", "split_codebooks"]
 
 _OVER_LABELLED = ("cross_entropy", "correct", "top5", "entropy", "labelled", "squared_cross_entropy")
 COLUMNS = (*_OVER_LABELLED, *CALIBRATION, "labels_outside", "nonfinite_rows")
@@ -23,29 +26,10 @@ COLUMNS = (*_OVER_LABELLED, *CALIBRATION, "labels_outside", "nonfinite_rows")
 WORK_MIB = 20.0
 """What scoring takes beside the logits, the labels and what it returns, unless a single row is larger."""
 
-# exp(-104) is 0 in float32, so a logit this far below the largest adds nothing to any sum; -inf there would make 0 * -inf.
-_FLOOR = -200.0
 # Two blocks in float32, and a copy of the block where the strides of the logits do not allow a view of it.
 _BUFFERS = 2
-# A row takes some 400 bytes beside its logits: few enough in a chunk that they stay below 4 MiB.
+# A row takes some 400 bytes beside its logits: few enough are gathered that they stay below 4 MiB.
 _MOST_ROWS = 8192
-
-
-@dataclass(frozen=True, slots=True)
-class Logits:
-    """What a model's class does to the logits behind its head: ``softcap * tanh(x * factor / softcap)``; ``None`` for no softcap."""
-
-    factor: float = 1.0
-    softcap: float | None = None
-
-    def change_(self, x: Tensor) -> Tensor:
-        """Change float32 logits in place."""
-        if self.factor != 1.0:
-            x.mul_(self.factor)
-        return x if self.softcap is None else x.div_(self.softcap).tanh_().mul_(self.softcap)
-
-
-UNCHANGED = Logits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,15 +95,21 @@ def score(
     predictions_N = torch.empty(min(keep, rows), dtype=torch.int64, device=logits.device)
     buffers = torch.empty((_BUFFERS, limit, vocabulary), dtype=torch.float32, device=logits.device)
     cut = [blocks(way.detach().unsqueeze(-1), limit) for way in laid.values()]
-    for (start, block_CV), *labels_C1 in zip(blocks(logits, limit), *cut):
-        labels_LC = torch.stack([part.squeeze(-1).to(logits.device, torch.int64, non_blocking=True) for _, part in labels_C1])
-        one = _score_block(block_CV, labels_LC, ignore_index, change, buffers[:, : block_CV.shape[0]])
-        sums += one.sums
-        audit += one.audit
-        if start < len(predictions_N):
-            predictions_N[start : start + len(one.predictions_C)] = one.predictions_C[: len(predictions_N) - start]
-        if histogram is not None:
-            histogram.scatter_add_(0, one.predictions_C, one.scored_C.to(histogram.dtype))
+    gathered = Rows(min(rows, _MOST_ROWS), len(laid), device=logits.device)
+
+    def add_up() -> None:
+        _add_up(gathered, sums, audit, vocabulary=vocabulary, ignore_index=ignore_index, histogram=histogram)
+
+    with torch.no_grad():
+        for (start, block_CV), *labels_C1 in zip(blocks(logits, limit), *cut):
+            if not gathered.fits(len(block_CV)):
+                add_up()
+            labels_LC = torch.stack([part.squeeze(-1).to(logits.device, torch.int64, non_blocking=True) for _, part in labels_C1])
+            here = gathered.read(block_CV, labels_LC, change, buffers[:, : len(block_CV)])
+            if start < len(predictions_N):
+                predictions_N[start : start + len(block_CV)] = gathered.predictions_N[here][: len(predictions_N) - start]
+        if rows:
+            add_up()
     return HeadScore(sums=sums, audit=dict(zip(laid, audit)), predictions=predictions_N)
 
 
@@ -134,53 +124,34 @@ def split_codebooks(logits: Tensor, codebooks: int) -> Tensor:
     return torch.unflatten(logits, -1, (codebooks, logits.shape[-1] // codebooks))
 
 
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """One block's ``COLUMNS`` (…,) and audit sums (L, …), its predictions, and which rows were scored."""
-
-    sums: Tensor
-    audit: Tensor
-    predictions_C: Tensor
-    scored_C: Tensor
-
-
-def _score_block(block_CV: Tensor, labels_LC: Tensor, ignore_index: int, change: Logits, buffers_2CV: Tensor) -> _Block:
-    """Score one block; the buffers, float32 of the block's shape, are overwritten.
+def _add_up(rows: Rows, sums: Tensor, audit: Tensor, *, vocabulary: int, ignore_index: int, histogram: Tensor | None) -> None:
+    """Add the gathered rows to ``COLUMNS`` (…,), to the audit's sums (L, …) and to the histogram, and let go of them.
 
     Source: with z = x - max(x), s = sum(exp z): cross-entropy = log s - z[label]; entropy = log s - sum(z exp z) / s; the mean over the
     vocabulary of -log p = log s - mean(z).
     """
-    z_CV, exp_CV = buffers_2CV.unbind()
-    largest_C1, predictions_C1 = block_CV.max(-1, keepdim=True)
-    predictions_C = predictions_C1.squeeze(-1)
-    labelled_LC = labels_LC != ignore_index
-    inside_LC = (labels_LC >= 0) & (labels_LC < block_CV.shape[-1])
-    counted_LC = inside_LC & labelled_LC
-    label_logits_CL = block_CV.gather(1, torch.where(counted_LC, labels_LC, 0).T)
-    # Comparing in the logits' own dtype keeps ties ties; 0 and 1 land in float32, exact up to 2**24 tokens.
-    larger_C = torch.gt(block_CV, label_logits_CL[:, :1], out=z_CV).sum(-1)
+    labels_LN, predictions_N = rows.labels_LN[:, : rows.filled], rows.predictions_N[: rows.filled]
+    labelled_LN = labels_LN != ignore_index
+    inside_LN = (labels_LN >= 0) & (labels_LN < vocabulary)
+    counted_LN = inside_LN & labelled_LN
+    sum_N = rows.sum
+    log_N = sum_N.log()
+    cross_entropy_LN = log_N - rows.labels_z
+    entropy_N = log_N - rows.weighted / sum_N
 
-    largest_C1 = change.change_(largest_C1.float())
-    change.change_(z_CV.copy_(block_CV)).sub_(largest_C1)
-    mean_C = z_CV.mean(-1)
-    z_CV.clamp_(min=_FLOOR)
-    sum_C = torch.exp(z_CV, out=exp_CV).sum(-1)
-    log_C = sum_C.log()
-    cross_entropy_LC = log_C - (change.change_(label_logits_CL.float()) - largest_C1).T
-    entropy_C = log_C - z_CV.mul_(exp_CV).sum(-1) / sum_C
-
-    scored_LC = counted_LC & cross_entropy_LC.isfinite()
-    audit_L3C = torch.stack([torch.ones_like(cross_entropy_LC), cross_entropy_LC, (log_C - mean_C).expand_as(cross_entropy_LC)], 1)
-    wide = accumulator(block_CV.device)
-    audit_L3 = torch.where(scored_LC.unsqueeze(1), audit_L3C, 0.0).sum(-1, dtype=wide)
-    meant_C, scored_C, loss_C = labels_LC[0], scored_LC[0], cross_entropy_LC[0]
-    correct_C = predictions_C == meant_C
-    columns_6C = torch.stack([loss_C, correct_C, larger_C < 5, entropy_C, torch.ones_like(entropy_C), loss_C.square()])
-    over_labelled_6 = torch.where(scored_C, columns_6C, 0.0).sum(-1, dtype=wide)
-    in_bins = calibration(1 / sum_C, correct_C, scored_C)
-    outside = (~inside_LC[0] & labelled_LC[0]).sum(dtype=wide)
-    nonfinite = (counted_LC[0] & ~scored_C).sum(dtype=wide)
-    return _Block(torch.cat([over_labelled_6, in_bins, torch.stack([outside, nonfinite])]), audit_L3, predictions_C, scored_C)
+    scored_LN = counted_LN & cross_entropy_LN.isfinite()
+    audit_L3N = torch.stack([torch.ones_like(cross_entropy_LN), cross_entropy_LN, (log_N - rows.mean).expand_as(cross_entropy_LN)], 1)
+    audit += torch.where(scored_LN.unsqueeze(1), audit_L3N, 0.0).sum(-1, dtype=audit.dtype)
+    scored_N, loss_N = scored_LN[0], cross_entropy_LN[0]
+    correct_N = predictions_N == labels_LN[0]
+    columns_6N = torch.stack([loss_N, correct_N, rows.larger < 5, entropy_N, torch.ones_like(entropy_N), loss_N.square()])
+    over_labelled_6 = torch.where(scored_N, columns_6N, 0.0).sum(-1, dtype=sums.dtype)
+    in_bins = calibration(1 / sum_N, correct_N, scored_N)
+    outside = torch.stack([~inside_LN[0] & labelled_LN[0], counted_LN[0] & ~scored_N]).sum(1, dtype=sums.dtype)
+    sums += torch.cat([over_labelled_6, in_bins, outside])
+    if histogram is not None:
+        histogram.scatter_add_(0, predictions_N, scored_N.to(histogram.dtype))
+    rows.filled = 0
 
 
 def _rows_per_chunk(vocabulary: int, itemsize: int, rows: int, work_mib: float) -> int:

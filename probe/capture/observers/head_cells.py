@@ -27,6 +27,7 @@ of micro-batches add. ``top_token``: at the end of the step, how often this rank
 ``top_token_rows``: labelled positions that it was looked for in."""
 
 _LABELLED = COLUMNS.index("labelled")
+_TOP_TOKEN_ROWS = HEAD_COLUMNS.index("top_token_rows")
 
 
 def head_cell(site: str, codebook: int | None = None) -> str:
@@ -54,8 +55,12 @@ def cells_of(site: Site) -> list[Cell]:
 def head_sums(columns: Tensor, *, counted: bool) -> Tensor:
     """Widen ``probe.measure.heads.COLUMNS`` of one micro-batch to :data:`HEAD_COLUMNS`; ``counted``: its predictions were counted."""
     labelled = columns[_LABELLED].unsqueeze(0)
-    zero = torch.zeros_like(labelled)
-    return torch.cat([columns, labelled, labelled, labelled, zero, zero, labelled if counted else zero, zero])
+    widened = columns.new_zeros(len(HEAD_COLUMNS))
+    widened[: len(COLUMNS)] = columns
+    widened[len(COLUMNS) : len(COLUMNS) + len(_ROWS)] = labelled
+    if counted:
+        widened[_TOP_TOKEN_ROWS : _TOP_TOKEN_ROWS + 1] = labelled
+    return widened
 
 
 def named_sums(device: torch.device, **columns: Tensor) -> Tensor:

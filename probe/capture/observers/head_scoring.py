@@ -78,6 +78,8 @@ def score_logits(site: Site, aligned: Aligned, *, change: Logits, counts: Mappin
 def whole(scored: Scored) -> tuple[Tensor, dict[Variant, Tensor]]:
     """Return the sums and the audit of the whole head: its codebooks added up."""
     audits = list(scored.audit.values())
+    if len(audits) == 1:
+        return next(iter(scored.sums.values())), dict(audits[0])
     return torch.stack(list(scored.sums.values())).sum(0), {way: torch.stack([each[way] for each in audits]).sum(0) for way in audits[0]}
 
 

@@ -43,11 +43,12 @@ class TopTokens:
     def finish(self, buffer: StepBuffer, *, keep: bool) -> None:
         """Add the largest count of each to its cell (and to that of the whole head), ``keep`` which token it is, and free the counts."""
         for (site, codebook), counts in self._counts.items():
-            most = named_sums(counts.device, top_token=counts.max())
+            top, token = counts.max(0)
+            most = named_sums(counts.device, top_token=top)
             for name in {head_cell(site, codebook), head_cell(site)}:
                 buffer.totals.add(name, sums=most)
             if keep:
-                buffer.put(f"top_token:{head_cell(site, codebook)}", counts.argmax().reshape(1))
+                buffer.put(f"top_token:{head_cell(site, codebook)}", token.reshape(1))
         for nbytes in self._bytes.values():
             buffer.release(nbytes)
         self.clear()
