@@ -28,7 +28,7 @@ def pieces(x: Tensor, limit: int) -> Iterator[Tensor]:
     A tensor that is dense in memory in whatever order of dimensions (a transposed one too) is cut into views. Of any other a piece at a
     time is copied. No sync.
     """
-    flat = _dense(x)
+    flat = dense(x)
     if flat is None:
         yield from (block.reshape(-1) for _, block in blocks(x.unsqueeze(-1), limit))
     elif flat.numel() > limit:
@@ -60,7 +60,7 @@ def blocks(x: Tensor, rows: int) -> Iterator[tuple[int, Tensor]]:
             yield start * inner + offset, block
 
 
-def _dense(x: Tensor) -> Tensor | None:
+def dense(x: Tensor) -> Tensor | None:
     """Return ``x`` as a 1-D view with the dimensions in the order of memory, or None if its elements do not lie side by side."""
     if not x.is_contiguous():
         x = x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))

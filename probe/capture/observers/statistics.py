@@ -5,9 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 
+from torch import Tensor
+
 from probe.capture.buffer import StepBuffer
 from probe.capture.cells import Cell
 from probe.capture.observer import Call, Watcher, main_tensor
+from probe.capture.totals import Totals
+from probe.measure.fused_statistics import FUSED, FusedStatistics
 from probe.measure.spread import COLUMNS_COUNTS as SPREAD_COUNTS
 from probe.measure.spread import COLUMNS_SUMS as SPREAD_SUMS
 from probe.measure.spread import spread
@@ -36,6 +40,7 @@ class StatisticsWatcher(Watcher):
     def __init__(self, sites: Sequence[Site], *, keep: Collection[str]) -> None:
         """Watch these sites; ``keep`` holds names, roles or name patterns of those whose output tensors stay in the buffer."""
         self._watched = {site.name: site for site in sites if site.role != "model"}
+        self._fused = FusedStatistics()
         self._kept = {s.name for s in self._watched.values() if any(p == s.role or fnmatchcase(s.name, p) for p in keep)}
 
     def cells(self) -> Sequence[Cell]:
@@ -56,10 +61,22 @@ class StatisticsWatcher(Watcher):
         sums = maxima = None
         if output is not None:
             output = output.detach()
-            sums, maxima = summarise(output)
+            sums, maxima = self._add(statistics_cell(name), output, buffer.totals)
             buffer.totals.tell(f"output:{name}", (tuple(output.shape), str(output.dtype).removeprefix("torch."), str(output.device)))
             if call.site.role in _SPREADING and output.dim() in (2, 3) and output.numel():
                 variances, rows = spread(output)
                 buffer.totals.add(spread_cell(name), counts=rows, sums=variances)
-        buffer.totals.add(statistics_cell(name), counts=(1, 0 if output is None else output.numel()), sums=sums, maxima=maxima)
+        buffer.totals.add(statistics_cell(name), counts=(1, 0 if output is None else output.numel()))
         buffer.add(name, micro_batch=call.micro.index, output=output, keep=name in self._kept, sums=sums, maxima=maxima)
+
+    def _add(self, cell: str, output: Tensor, totals: Totals) -> tuple[Tensor, Tensor]:
+        """Reduce a tensor and add its columns to a cell: one kernel where that can be, else at most six operations on the CPU."""
+        if self._fused.takes(output):
+            columns = self._fused(output, into=totals.row(cell, output.device))
+            if columns is not None:
+                return columns[:3], columns[3:]
+        if self._fused.failure is not None:
+            totals.omit(FUSED, self._fused.failure)
+        sums, maxima = summarise(output)
+        totals.add(cell, sums=sums, maxima=maxima)
+        return sums, maxima
