@@ -66,7 +66,7 @@ def check_log_mel(x_CMT: Tensor, scale: LogMelScale | None) -> tuple[Tensor, Ten
     """
     sums, extremes = _nothing(x_CMT)
     for chunk_cMT in _clips(x_CMT):
-        low_c, high_c = chunk_cMT.flatten(1).aminmax(dim=1)
+        low_c, high_c = chunk_cMT.amin((1, 2)), chunk_cMT.amax((1, 2))  # five times as fast as aminmax along a dimension
         finite_c = _finite(low_c, high_c)
         constant_c = finite_c & (low_c == high_c)
         counted = {"nonfinite": ~finite_c, "constant": constant_c}
@@ -100,7 +100,7 @@ def check_waveform(x_CN: Tensor) -> tuple[Tensor, Tensor]:
     """
     sums, extremes = _nothing(x_CN)
     for chunk_cN in _clips(x_CN):
-        low_c, high_c = chunk_cN.aminmax(dim=1)
+        low_c, high_c = chunk_cN.amin(1), chunk_cN.amax(1)
         finite_c = _finite(low_c, high_c)
         constant_c = finite_c & (low_c == high_c)
         silent_c = finite_c & (torch.maximum(high_c, -low_c) < SILENT_PEAK)

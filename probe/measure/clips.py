@@ -31,7 +31,8 @@ def describe_clips(features: Tensor) -> Tensor:
         low, high = features.amin(-1), features.amax(-1)
         loud_BT = features != features[:, -1:]
     else:
-        low_BT, high_BT = features.flatten(1, -2).aminmax(dim=1)
+        over = tuple(range(1, features.dim() - 1))
+        low_BT, high_BT = features.amin(over), features.amax(over)  # several times as fast as aminmax along a dimension
         loud_BT = low_BT != high_BT
         low, high = low_BT.amin(-1), high_BT.amax(-1)
     position_T = torch.arange(1, frames + 1, device=features.device)

@@ -44,7 +44,7 @@ def hash_rows(x: Tensor, *, salt: int = 0) -> Tensor:
         factors_N = _odd(places_N, salt)
         for first in range(0, x.shape[0], count):
             rows_bN = bits[first : first + count].reshape(-1, width)[:, start : start + factors_N.shape[0]]
-            total_B[first : first + count] += (rows_bN * factors_N).sum(1)
+            total_B[first : first + count] += rows_bN.to(torch.int64, copy=True).mul_(factors_N).sum(1)
     return total_B
 
 
@@ -68,20 +68,20 @@ def fingerprint(hashes_B: Tensor) -> Tensor:
 
 def mix(value: Tensor) -> Tensor:
     """Return splitmix64's finaliser of int64 numbers: a bijection in which every bit depends on every other."""
-    value = (value ^ _shifted(value, 30)) * _FIRST
-    value = (value ^ _shifted(value, 27)) * _SECOND
-    return value ^ _shifted(value, 31)
+    value = _shifted(value, 30).bitwise_xor_(value).mul_(_FIRST)
+    value = value.bitwise_xor_(_shifted(value, 27)).mul_(_SECOND)
+    return value.bitwise_xor_(_shifted(value, 31))
 
 
 def _odd(places_N: Tensor, salt: int) -> Tensor:
     """Return an odd number for each place, by a shorter mixing: half of splitmix64's."""
-    value_N = (places_N + salt) * _FIRST
-    return ((value_N ^ _shifted(value_N, 32)) * _SECOND) | 1
+    value_N = (places_N + salt).mul_(_FIRST)
+    return value_N.bitwise_xor_(_shifted(value_N, 32)).mul_(_SECOND).bitwise_or_(1)
 
 
 def _shifted(value: Tensor, by: int) -> Tensor:
     """Shift to the right and fill with zeros; torch's own shift of int64 copies the sign."""
-    return (value >> by) & ((1 << (64 - by)) - 1)
+    return (value >> by).bitwise_and_((1 << (64 - by)) - 1)
 
 
 def _wrapped(number: int) -> int:

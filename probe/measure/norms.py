@@ -85,7 +85,8 @@ def real_view(tensor: Tensor) -> Tensor:
     """
     if tensor.layout is not torch.strided:
         raise ProbeValueError(f"the norm of a tensor with layout {tensor.layout}: expected a dense tensor")
-    return torch.view_as_real(tensor.detach().resolve_conj()) if tensor.is_complex() else tensor.detach()
+    tensor = tensor.detach() if tensor.requires_grad else tensor
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 def _norms(members: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[list[Tensor], list[int]]:

@@ -51,11 +51,13 @@ class InputWatcher(Watcher):
     def enter(self, call: Call, buffer: StepBuffer) -> None:
         """Measure the inputs of one micro-batch."""
         inputs = call.micro.inputs
+        features = audio_features(inputs)
+        clips_C3 = None if features is None else describe_clips(features[1])
         if call.micro.index == 0:
             for name, value in inputs.items():
                 self._describe(name, value, buffer)
-            self._show(inputs, buffer)
-        self._count(inputs, buffer)
+            self._show(inputs, clips_C3, buffer)
+        self._count(inputs, clips_C3, buffer)
 
     def _describe(self, name: str, value: Any, buffer: StepBuffer) -> None:
         """Tell shape, dtype and device of one input, and put its statistics or first values."""
@@ -70,7 +72,7 @@ class InputWatcher(Watcher):
         if self._keep_text and not value.is_floating_point() and value.numel():
             buffer.put(f"first:{name}", value.reshape(-1)[:FIRST_VALUES])
 
-    def _show(self, inputs: Mapping[str, Any], buffer: StepBuffer) -> None:
+    def _show(self, inputs: Mapping[str, Any], clips_C3: Tensor | None, buffer: StepBuffer) -> None:
         """Put the token ids and labels of the first samples, and how the audio clips lie."""
         labels = text_labels(inputs)
         for key, tensor in (("ids", inputs.get("input_ids")), ("labels", labels[1] if labels else None)):
@@ -79,11 +81,11 @@ class InputWatcher(Watcher):
             if self._keep_text:
                 buffer.put(key, tensor[:SHOWN_SAMPLES, :SHOWN_TOKENS])
         features = audio_features(inputs)
-        if features is not None:
+        if features is not None and clips_C3 is not None:
             buffer.totals.tell("audio_features", (features[0], tuple(features[1].shape)))
-            buffer.put("clips", describe_clips(features[1][:SHOWN_CLIPS]))
+            buffer.put("clips", clips_C3[:SHOWN_CLIPS])
 
-    def _count(self, inputs: Mapping[str, Any], buffer: StepBuffer) -> None:
+    def _count(self, inputs: Mapping[str, Any], clips_C3: Tensor | None, buffer: StepBuffer) -> None:
         ids, mask = inputs.get("input_ids"), inputs.get("attention_mask")
         labels, features = text_labels(inputs), audio_features(inputs)
         sums: dict[str, Tensor] = {}
@@ -99,8 +101,8 @@ class InputWatcher(Watcher):
             sums["padding"] = torch.eq(mask, 0).sum()
         if labels is not None:
             sums["labels_masked"] = (labels[1] == -100).sum()
-        if features is not None and features[1].shape[0]:
-            sums["clips_constant"] = describe_clips(features[1])[:, CLIP_COLUMNS.index("constant")].sum()
+        if clips_C3 is not None and clips_C3.shape[0]:
+            sums["clips_constant"] = clips_C3[:, CLIP_COLUMNS.index("constant")].sum()
         for _, codes, code_mask in audio_codes(inputs, codebooks=self._facts.codebooks):
             positions = codes.new_full((), codes.numel() // self._facts.codebooks) if code_mask is None else code_mask.sum()
             buffer.totals.add(CODES.name, counts=(1,), sums=positions.double().reshape(1))
