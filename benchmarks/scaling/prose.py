@@ -53,11 +53,13 @@ WORK = """\
 ## What a rank computes
 
 One micro-batch: {tokens:,} tokens for the language model, 8 clips of 30 s for Whisper. The plain step is three times the operations of
-the forward, counted, at the assumed arithmetic. Statistics read the output of every site once; a head costs
-{heads};
-each call of an attention layer adds {a_layer:.0f} operations and {fixed:.0f} are fixed. These are counted on the eager path (the fused kernel of a GPU needs fewer) and
-launched one after the other as if nothing overlapped, although a GPU that is kept busy by a step of this size hides most of it. Attention
-rows are 64 a layer whatever the batch: their time is that of their launches."""
+the forward, counted, at the assumed arithmetic.
+
+* Statistics read the output of every site once.
+* A head costs {heads}.
+* Each call of an attention layer adds {a_layer:.0f} operations, and {fixed:.0f} are fixed: counted on the eager path (the fused kernel of a
+  GPU needs fewer), and launched one after the other as if nothing overlapped. A GPU that is kept busy by a step of this size hides much
+  of that; how much is not known without one. Attention rows are 64 a layer whatever the batch: their time is that of their launches."""
 
 OVER_LOSS = "{over_loss:.2g} times the cross-entropy itself (measured), which reads the logits three times in fp32"
 

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import tempfile
 import time
 from dataclasses import asdict
@@ -17,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-import probe
+from benchmarks.units.machine import machine, short
 from benchmarks.units.plan import PARTS, QUICK_PARTS, Measured
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -33,7 +30,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=None, help="the file to write (default: by date and device in benchmarks/results)")
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    output = options.output or RESULTS / f"units-{date.today().isoformat()}-{_short(device)}.json"
+    output = options.output or RESULTS / f"units-{date.today().isoformat()}-{short(device)}.json"
     with tempfile.TemporaryDirectory(prefix="probe-units-") as folder:
         tempfile.tempdir = folder  # run folders and outputs of all measurements go with it
         try:
@@ -65,27 +62,6 @@ def measure(device: torch.device, parts: list[str], *, quick: bool) -> dict[str,
         report["seconds"][name] = round(time.perf_counter() - begin, 1)
         print(f"{name}: {report['seconds'][name]} s", flush=True)
     return report
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Return what the figures hold for."""
-    on_gpu = device.type == "cuda"
-    return {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
-        "cores": os.cpu_count(),
-        "load": [round(value, 2) for value in os.getloadavg()],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "probe": probe.__version__,
-    }
-
-
-def _short(device: torch.device) -> str:
-    if device.type != "cuda":
-        return "cpu"
-    return "".join(letter if letter.isalnum() else "-" for letter in torch.cuda.get_device_name(device).lower())
 
 
 if __name__ == "__main__":

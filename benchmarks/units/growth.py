@@ -151,7 +151,8 @@ def fit(over: str, sizes: Sequence[int], added: Sequence[Sequence[float]]) -> Gr
     exponents = []
     for times in zip(*added, strict=True):
         _, mine = _line(sizes, times)
-        first, last = times[1] - min(mine, 0.9 * times[1]), times[-1] - min(mine, 0.9 * times[1])
+        mine = max(0.0, min(mine, 0.9 * times[1]))
+        first, last = times[1] - mine, times[-1] - mine
         if first > 0 and last > 0:
             exponents.append(math.log(last / first) / math.log(sizes[-1] / sizes[1]))
     return Growth(over, list(sizes), [value * 1e3 for value in middles], slope * 1e6, fixed * 1e3, estimate(exponents))

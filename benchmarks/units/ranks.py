@@ -26,6 +26,7 @@ COLUMNS = (1_000, 6_000, 40_000)
 STORE_WORLDS = (8, 64, 512, 4096, 16_384)
 PATIENCE_S = 120
 REQUESTS = 500
+TIMES = "times.json"
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class StoreRow:
 
 
 def reduce_costs(*, worlds: Sequence[int] = WORLDS, columns: Sequence[int] = COLUMNS, rounds: int = 40) -> list[ReduceRow]:
-    """Start so many gloo processes under torchrun and let rank 0 say what the collectives took.
+    """Start so many gloo processes and let rank 0 say what the collectives took.
 
     Raises:
         RuntimeError: if the processes fail; with what they wrote.
@@ -60,15 +61,20 @@ def reduce_costs(*, worlds: Sequence[int] = WORLDS, columns: Sequence[int] = COL
 
 def _reduce(world: int, columns: Sequence[int], rounds: int) -> list[ReduceRow]:
     with tempfile.TemporaryDirectory(prefix="probe-ranks-") as folder:
-        written = Path(folder) / "times.json"
-        command = [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={world}", "--standalone"]
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(world)}
         worker = str(Path(__file__).with_name("ranks_worker.py"))
-        arguments = [str(written), str(rounds), *map(str, columns)]
-        done = subprocess.run([*command, worker, *arguments], env=environment, capture_output=True, text=True, timeout=PATIENCE_S)
-        if done.returncode:
-            raise RuntimeError(f"the processes ended with {done.returncode}: {done.stderr[-2000:]}")
-        times = json.loads(written.read_text(encoding="utf-8"))
+        command = [sys.executable, worker, folder, str(rounds), *map(str, columns)]
+        started = [
+            subprocess.Popen(command, env={**environment, "RANK": str(rank)}, stderr=subprocess.PIPE, text=True) for rank in range(world)
+        ]
+        try:
+            errors = [process.communicate(timeout=PATIENCE_S)[1] for process in started]
+        finally:
+            for process in started:
+                process.kill()
+        if any(process.returncode for process in started):
+            raise RuntimeError(f"a process failed: {''.join(errors)[-2000:]}")
+        times = json.loads((Path(folder) / TIMES).read_text(encoding="utf-8"))
     return [ReduceRow(world, int(count), estimate([1e3 * seconds for seconds in each])) for count, each in times.items()]
 
 

@@ -1,8 +1,9 @@
-"""One of the gloo processes: times the probe's own reduction of packed columns. Usage: ranks_worker.py FILE ROUNDS COLUMNS..."""
+"""One of the gloo processes: times the probe's own reduction of packed columns. Usage: ranks_worker.py FOLDER ROUNDS COLUMNS..."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -15,8 +16,9 @@ from probe.merge.ranks import Ranks
 
 def main() -> None:
     """Reduce each size so many times, a barrier before each; rank 0 writes its times."""
-    written, rounds, *columns = sys.argv[1:]
-    dist.init_process_group("gloo")
+    folder, rounds, *columns = sys.argv[1:]
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
     place = Ranks(dist.get_rank(), dist.get_world_size())
     times: dict[str, list[float]] = {}
     for count in columns:
@@ -31,7 +33,7 @@ def main() -> None:
             if i >= 3:
                 times[count].append(time.perf_counter() - begin)
     if place.rank == 0:
-        Path(written).write_text(json.dumps(times), encoding="utf-8")
+        (Path(folder) / "times.json").write_text(json.dumps(times), encoding="utf-8")
     dist.destroy_process_group()
 
 

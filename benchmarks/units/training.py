@@ -38,17 +38,19 @@ def trainer(
     steps: int,
     device: torch.device,
     optimizer: str = "sgd",
-    accumulation: int = 1,
     callbacks: Sequence[TrainerCallback] = (),
     kind: type[Trainer] = Trainer,
+    **changes: Any,
 ) -> Trainer:
-    """Return a Trainer over ``steps`` optimizer steps of the same batch: no log, no checkpoint, no progress bar."""
+    """Return a Trainer over ``steps`` optimizer steps of the same batch: no log, no checkpoint, no progress bar.
+
+    ``changes`` are further training arguments.
+    """
     transformers.logging.set_verbosity_error()
     arguments = TrainingArguments(
         output_dir=tempfile.mkdtemp(prefix="probe-units-"),
         max_steps=steps,
         per_device_train_batch_size=1,
-        gradient_accumulation_steps=accumulation,
         learning_rate=1e-5,
         lr_scheduler_type="constant",
         optim=optimizer,
@@ -59,12 +61,20 @@ def trainer(
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         use_cpu=device.type == "cpu",
+        **changes,
     )
 
     def collate(samples: list[int]) -> dict[str, Tensor]:
         return dict(batch)
 
-    made = kind(model=model, args=arguments, train_dataset=Numbers(steps * accumulation), data_collator=collate, callbacks=list(callbacks))
+    samples = Numbers(steps * changes.get("gradient_accumulation_steps", 1))
+    made = kind(
+        model=model,
+        args=arguments,
+        train_dataset=samples,
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )
     made.remove_callback(transformers.PrinterCallback)  # it prints the summary at the end
     return made
 
