@@ -32,7 +32,11 @@ def to_json(record: Any) -> str:
     Raises:
         ProbeTypeError: if a field holds something that is no plain host data (a tensor, an object); the message names the field.
     """
-    return json.dumps(_encode(record, type(record).__name__), ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    try:
+        plain = _encode(record)
+    except _NotPlainError as error:
+        raise ProbeTypeError(f"{type(record).__name__}{''.join(reversed(error.way))}{error}") from None
+    return json.dumps(plain, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
 
 
 def from_json(line: str) -> StepRecord:
@@ -62,34 +66,70 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def _encode(value: Any, path: str) -> Any:
+class _NotPlainError(Exception):
+    """Something that is no plain host data, and the way to it, innermost first."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.way: list[str] = []
+
+
+def _encode(value: Any) -> Any:
     """Return ``value`` as what ``json`` writes; ``None`` for a number that is not finite."""
-    if value is None or isinstance(value, (bool, str)):
+    kind = type(value)
+    if kind is float:
+        return value if math.isfinite(value) else None
+    if value is None or kind is str or kind is int or kind is bool:
+        return value
+    if kind is tuple or kind is list:
+        return [_encode(part) if type(part) in _PLAIN else _below(part, f"[{index}]") for index, part in enumerate(value)]
+    if is_dataclass(kind):
+        return _encode_dataclass(value)
+    if isinstance(value, Mapping):
+        pairs = ((_key(name), _below(part, f"[{name!r}]")) for name, part in value.items())
+        return {name: plain for name, plain in pairs if plain is not None}
+    if isinstance(value, str):
         return value
     if isinstance(value, numbers.Integral):
         return int(value)
     if isinstance(value, numbers.Real):
-        number = float(value)
-        return number if math.isfinite(number) else None
-    if is_dataclass(value) and not isinstance(value, type):
-        parts = ((field.name, getattr(value, field.name)) for field in fields(value))
-        pairs = ((name, part, _encode(part, f"{path}.{name}")) for name, part in parts)
-        return {name: plain for name, part, plain in pairs if plain is not None and not (plain in ([], {}) and not is_dataclass(part))}
-    if isinstance(value, Mapping):
-        return {
-            name: plain
-            for name, plain in ((_key(name, path), _encode(part, f"{path}[{name!r}]")) for name, part in value.items())
-            if plain is not None
-        }
+        return _encode(float(value))
     if isinstance(value, (tuple, list)):
-        return [_encode(part, f"{path}[{index}]") for index, part in enumerate(value)]
-    raise ProbeTypeError(f"{path} holds a {type(value).__name__}; a record holds only numbers, strings and tuples")
+        return _encode(list(value))
+    raise _NotPlainError(f" holds a {kind.__name__}; a record holds only numbers, strings and tuples")
 
 
-def _key(name: Any, path: str) -> str:
+_PLAIN = frozenset({float, int, str, bool, type(None)})
+
+
+def _encode_dataclass(value: Any) -> dict[str, Any]:
+    found = {}
+    for name in _names(type(value)):
+        part = getattr(value, name)
+        plain = _encode(part) if type(part) in _PLAIN else _below(part, f".{name}")
+        if plain is not None and (plain not in ([], {}) or is_dataclass(part)):
+            found[name] = plain
+    return found
+
+
+def _below(part: Any, step: str) -> Any:
+    """Return a part of something encoded; of an error in it, note the step that leads there."""
+    try:
+        return _encode(part)
+    except _NotPlainError as error:
+        error.way.append(step)
+        raise
+
+
+def _key(name: Any) -> str:
     if not isinstance(name, str):
-        raise ProbeTypeError(f"{path} has the key {name!r}; keys are strings")
+        raise _NotPlainError(f" has the key {name!r}; keys are strings")
     return name
+
+
+@functools.cache
+def _names(kind: Any) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(kind))
 
 
 def _decode(hint: Any, value: Any, path: str) -> Any:

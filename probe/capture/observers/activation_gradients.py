@@ -108,6 +108,6 @@ class ActivationGradientWatcher(Watcher):
             here = [(norm, place) for norm, place in zip(seen.norms, seen.sites) if norm.device == device]
             places = [place for _, place in here]
             total = add_norms([norm for norm, _ in here], places, len(self._sites))
-            for place, row in enumerate(total.t().unbind(0)):
-                if place in places:
-                    totals.add(activation_cell(self._sites[place]), sums=row)
+            among = set(places)
+            names = [activation_cell(name) if place in among else None for place, name in enumerate(self._sites)]
+            totals.add_rows(names, sums=total.t())

@@ -11,7 +11,7 @@ from probe.capture.observer import Call, Watcher
 from probe.records import Modes
 from probe.sites.adapters import adapter_layers, is_switched_off
 from probe.sites.dropout import dropout_layers
-from probe.sites.names import module_names
+from probe.sites.names import ModuleNames, module_names
 
 MODES = "modes"
 
@@ -57,7 +57,7 @@ def read_modes(model: nn.Module, *, in_evaluation: int | None = None) -> Modes:
 
 def _outermost_in_eval_mode(model: nn.Module) -> dict[str, nn.Module]:
     """Return the modules in eval mode that are in no other such module, by canonical name."""
-    names = module_names(model)
+    names: ModuleNames | None = None  # found only where they are wanted: that takes longer than all the rest
     found: dict[str, nn.Module] = {}
     seen: set[int] = set()
     waiting = [model]
@@ -69,5 +69,6 @@ def _outermost_in_eval_mode(model: nn.Module) -> dict[str, nn.Module]:
         if module.training:
             waiting.extend(reversed(list(module.children())))
         else:
+            names = names or module_names(model)
             found.setdefault(names.find(module) or "", module)
     return found
