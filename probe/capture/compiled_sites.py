@@ -57,11 +57,10 @@ def divide_sites(watched: Sequence[Watched], regions: Sequence[Region]) -> Compi
     left_out = {**holding, **taken}
     # What is no site is watched for what goes into it.
     reported = tuple(one for one in taken.values() if set(one.observers) & set(SEEN[:1]) and id(one.module) not in replayed)
-    blind = {name: _HOLDS_REGION for name in holding} | {name: _REPLAYED for name, one in taken.items() if id(one.module) in replayed}
+    blind = dict.fromkeys(holding, _HOLDS_REGION) | {name: _REPLAYED for name, one in taken.items() if id(one.module) in replayed}
     door = next((region for region in regions if id(root.module) in region.inside()), None)
-    return CompiledSites(
-        reported, frozenset(left_out), door, {**_by_site(left_out.values(), blind), **_by_observer(sites, left_out, blind)}
-    )
+    reasons = {**_by_site(left_out.values(), blind), **_by_observer(sites, left_out, blind)}
+    return CompiledSites(reported, frozenset(left_out), door, reasons)
 
 
 def _holds(module: nn.Module, regions: Sequence[Region]) -> bool:
@@ -86,7 +85,5 @@ def _by_observer(sites: Sequence[Watched], left_out: Mapping[str, Watched], blin
         for observer in one.observers:
             lost = one.site.name in blind or (one.site.name in left_out and observer not in SEEN)
             whys.setdefault(observer, []).append(blind.get(one.site.name, _OUTPUT_ONLY) if lost else "")
-    lost_to = {
-        observer: [why for why in found if why] for observer, found in whys.items() if all(found) or (observer in _ALL and any(found))
-    }
-    return {f"{UNSEEN}{observer}": reasons[0] for observer, reasons in lost_to.items() if observer not in _FOR_OTHERS}
+    blind_to = {observer: found for observer, found in whys.items() if all(found) or (observer in _ALL and any(found))}
+    return {f"{UNSEEN}{observer}": next(filter(None, found)) for observer, found in blind_to.items() if observer not in _FOR_OTHERS}

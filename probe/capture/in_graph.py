@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from probe.capture.breaker import Breaker
 from probe.capture.hooks import Forward, HookSet, Watched, stand
 from probe.capture.observer import main_tensor
+from probe.foreign.compiled import is_traced_away, only_inline
 from probe.foreign.torch_private import in_backward
 
 SITE = "_probe_site"
@@ -43,9 +44,10 @@ class ReportingHook:
     Wherever the model is copied or pickled, a hook that does nothing, of the standard library, takes its place.
     """
 
+    @only_inline
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Call the operator on the main tensor of the output, unless the model is being exported or it is no plain tensor."""
-        if torch.jit.is_tracing() or torch.compiler.is_exporting():
+        if is_traced_away():
             return
         tensor, site = main_tensor(output), module.__dict__.get(SITE)
         if site is not None and type(tensor) in (Tensor, nn.Parameter):
@@ -141,6 +143,7 @@ _OPEN: dict[int, InGraph] = {}
 """Who listens just now, by what the operator is told: nobody but in a sampled step, between its begin and its end."""
 
 
+@only_inline
 def _observe(output: Tensor, site: Tensor) -> None:
     if _OPEN:
         _report(output, site)
@@ -158,8 +161,10 @@ def _shapes_only(output: Tensor, site: Tensor) -> None:
     """Stand for the operator where there are shapes and no data."""
 
 
+only_inline(main_tensor)
+
 # Not torch.library.custom_op, whose call takes ten times as long (41 against 4 microseconds).
-_LIBRARY = torch.library.Library("probe", "FRAGMENT")
+_LIBRARY: Any = torch.library.Library("probe", "FRAGMENT")  # type: ignore[no-untyped-call,unused-ignore]
 _TAGS = tuple(tag for name in ("pt2_compliant_tag", "flexible_layout") if (tag := getattr(torch.Tag, name, None)) is not None)
 _LIBRARY.define("observe(Tensor output, Tensor(a!) site) -> ()", tags=_TAGS)
 _LIBRARY.impl("observe", _observe, "CompositeExplicitAutograd")

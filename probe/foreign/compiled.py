@@ -2,7 +2,7 @@
 
 Checked on torch 2.13.0. ``nn.Module._compiled_call_impl`` (set by ``module.compile()``), the class name ``OptimizedModule`` (what
 ``torch.compile(module)`` returns), ``_torchdynamo_orig_callable`` (on what ``torch.compile(function)`` returns) and
-``get_compiler_config`` (on all three) are private; ``torch.compiler.set_stance`` is public since torch 2.6.
+``get_compiler_config`` (on all three) are private, and so is ``skip_code``; ``torch.compiler.set_stance`` is public since torch 2.6.
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 
 from probe.foreign.patching import wrap_instance_method
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,21 @@ def force_eager() -> AbstractContextManager[Any]:
     """Return a context in which compiled callables run eagerly, without a recompile before, in or after it."""
     context: AbstractContextManager[Any] = torch.compiler.set_stance("force_eager")
     return context
+
+
+def is_traced_away() -> bool:
+    """Tell whether a module is being made into something that is used elsewhere: by ``torch.export``, ONNX or ``torch.jit.trace``."""
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    return torch._C._get_tracing_state() is not None or (exporting is not None and exporting())
+
+
+def only_inline(function: _Function) -> _Function:
+    """Keep ``torch.compile`` from making code of a function for its own sake; where compiled code calls it, it is still a part of that.
+
+    For what is called between two graphs of a broken one: it would be a graph more for every caller, until their number is at its limit.
+    """
+    skip_code(function.__code__)
+    return function
 
 
 def _replays(compiled: Any) -> bool:
