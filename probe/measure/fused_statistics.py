@@ -77,10 +77,10 @@ class FusedStatistics:
         out = torch.empty(5, dtype=torch.float64, device=x.device)
         partial = torch.empty(5 * programs, dtype=torch.float64, device=x.device)
         sums, maxima = into or (out, out)
-        arguments = (flat, count, count // kernel.TILE, partial, self._counter(x.device), out, sums, maxima)
+        arguments = (flat, count, partial, self._counter(x.device), out, sums, maxima)
         # A launch goes to the device that is current, which is not always the tensor's.
         with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-            kernel.reduce_columns[(programs,)](*arguments, ADD=into is not None, num_warps=kernel.WARPS)
+            kernel.reduce_columns[(programs,)](*arguments, ADD=into is not None, **kernel.OPTIONS)
         return out
 
     def _processors(self, device: torch.device) -> int:

@@ -12,7 +12,8 @@ BLOCK = 1024
 """Elements that one load of a program fetches: 128 threads, 16 bytes each or a multiple of it."""
 TILE = 4 * BLOCK
 """Elements that a program fetches before it computes: enough bytes on their way to hide the memory's latency."""
-WARPS = 4
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+"""How the kernel is compiled: a product and a sum may be one instruction."""
 SLOTS = 256
 """Programs whose results are added up at a time; more would cost the whole kernel registers."""
 
@@ -24,8 +25,8 @@ _TINY_SQUARE = tl.constexpr(1e-30)
 _TINY = tl.constexpr(1e-12)
 
 
-@triton.jit(do_not_specialize=["n", "full", "sums_ptr", "maxima_ptr"])
-def reduce_columns(x_ptr, n, full, partial_ptr, counter_ptr, out_ptr, sums_ptr, maxima_ptr, ADD: tl.constexpr):
+@triton.jit(do_not_specialize=["n", "sums_ptr", "maxima_ptr"])
+def reduce_columns(x_ptr, n, partial_ptr, counter_ptr, out_ptr, sums_ptr, maxima_ptr, ADD: tl.constexpr):
     """Write sum, sum of squares, number of non-finite values, maximum and negated minimum of ``n`` elements.
 
     A program adds up differences to the mean of its first block in float32, one chain of at most some 128 values a lane, then turns them
@@ -36,7 +37,6 @@ def reduce_columns(x_ptr, n, full, partial_ptr, counter_ptr, out_ptr, sums_ptr, 
     Args:
         x_ptr: float32, float16 or bfloat16, (n,).
         n: Number of elements, at least 1.
-        full: Number of whole tiles in them.
         partial_ptr: float64, (5, programs), written.
         counter_ptr: int32, 0: how many programs are done. It is 0 again at the end.
         out_ptr: float64, (5,), written.
@@ -46,14 +46,40 @@ def reduce_columns(x_ptr, n, full, partial_ptr, counter_ptr, out_ptr, sums_ptr, 
     """
     pid = tl.program_id(0)
     programs = tl.num_programs(0)
+    count, pivot, s, q, high, low = _sweep(x_ptr, n, pid, programs)
+    k = count.to(tl.float64)
+    p = pivot.to(tl.float64)
+    total = s + k * p
+    square = q + 2.0 * p * s + k * p * p
+    bad = k * 0.0
+    largest = tl.maximum(high, -low)
+    sound = (q < _INF) & ((q >= k * _TINY_SQUARE) | (largest == 0.0) | (largest >= _TINY))
+    if sound == 0:  # of NaN, every comparison is false
+        total, square, bad = _again(x_ptr, n, pid, programs)
+    tl.store(partial_ptr + pid, total)
+    tl.store(partial_ptr + programs + pid, square)
+    tl.store(partial_ptr + 2 * programs + pid, bad)
+    tl.store(partial_ptr + 3 * programs + pid, high.to(tl.float64))
+    tl.store(partial_ptr + 4 * programs + pid, -low.to(tl.float64))
+    tl.debug_barrier()  # what all threads of this program stored is stored before one of them says so
+    if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1:
+        _finish(partial_ptr, programs, counter_ptr, out_ptr, sums_ptr, maxima_ptr, ADD)
+
+
+@triton.jit
+def _sweep(x_ptr, n, pid, programs):
+    """Read one program's elements: every ``programs``-th tile, and what is left beyond the last whole one.
+
+    Returns their number, a value near their mean (float32), the sum and the sum of squares of their differences to it (float64, added
+    up in float32), and the largest and smallest (float32).
+    """
     lane = tl.arange(0, _BLOCK)
+    full = n // _TILE
     begin = pid.to(tl.int64) * _TILE
-    stride = programs.to(tl.int64) * _TILE
-    here = tl.minimum(n - begin, _BLOCK).to(tl.int32)
     start = x_ptr + begin + lane
+    here = tl.minimum(n - begin, _BLOCK).to(tl.int32)
     first = tl.load(start, mask=lane < here, other=0.0).to(tl.float32)
     pivot = tl.sum(first / here.to(tl.float32), axis=0)
-
     sums = tl.zeros([_BLOCK], tl.float32)
     squares = tl.zeros([_BLOCK], tl.float32)
     highs = tl.full([_BLOCK], -_INF, tl.float32)
@@ -68,52 +94,32 @@ def reduce_columns(x_ptr, n, full, partial_ptr, counter_ptr, out_ptr, sums_ptr, 
         a, b, c, d = a - pivot, b - pivot, c - pivot, d - pivot
         sums += (a + b) + (c + d)
         squares += (a * a + b * b) + (c * c + d * d)
-        start += stride
+        start += programs.to(tl.int64) * _TILE
     count = tl.maximum((full - pid + programs - 1) // programs, 0).to(tl.int64) * _TILE
     if pid == full % programs:
         count += n - full * _TILE
         for part in tl.static_range(4):
             place = full.to(tl.int64) * _TILE + part * _BLOCK + lane
-            there = place < n
-            a = tl.load(x_ptr + place, mask=there, other=0.0).to(tl.float32)
-            highs = tl.maximum(highs, tl.where(there, a, -_INF))
-            lows = tl.minimum(lows, tl.where(there, a, _INF))
-            a = tl.where(there, a - pivot, 0.0)
+            a = tl.load(x_ptr + place, mask=place < n, other=0.0).to(tl.float32)
+            highs = tl.maximum(highs, tl.where(place < n, a, -_INF))
+            lows = tl.minimum(lows, tl.where(place < n, a, _INF))
+            a = tl.where(place < n, a - pivot, 0.0)
             sums += a
             squares += a * a
-    high = tl.max(highs, axis=0)
-    low = tl.min(lows, axis=0)
-    k = count.to(tl.float64)
-    p = pivot.to(tl.float64)
     s = tl.sum(sums, axis=0).to(tl.float64)
     q = tl.sum(squares, axis=0).to(tl.float64)
-    total = s + k * p
-    square = q + 2.0 * p * s + k * p * p
-    bad = k * 0.0
-    largest = tl.maximum(high, -low)
-    sound = (q < _INF) & ((q >= k * _TINY_SQUARE) | (largest == 0.0) | (largest >= _TINY))
-    if sound == 0:  # of NaN, every comparison is false
-        total, square, bad = _again(x_ptr, n, full, pid, programs)
-
-    tl.store(partial_ptr + pid, total)
-    tl.store(partial_ptr + programs + pid, square)
-    tl.store(partial_ptr + 2 * programs + pid, bad)
-    tl.store(partial_ptr + 3 * programs + pid, high.to(tl.float64))
-    tl.store(partial_ptr + 4 * programs + pid, -low.to(tl.float64))
-    tl.debug_barrier()  # what all threads of this program stored is stored before one of them says so
-    if tl.atomic_add(counter_ptr, 1, sem="acq_rel") == programs - 1:
-        _finish(partial_ptr, programs, counter_ptr, out_ptr, sums_ptr, maxima_ptr, ADD)
+    return count, pivot, s, q, tl.max(highs, axis=0), tl.min(lows, axis=0)
 
 
 @triton.jit
-def _again(x_ptr, n, full, pid, programs):
+def _again(x_ptr, n, pid, programs):
     """Return sum, sum of squares and number of non-finite values of one program's elements, in float64 throughout."""
     place = pid.to(tl.int64) * _TILE + tl.arange(0, _BLOCK)
     stride = programs.to(tl.int64) * _TILE
     sums = tl.zeros([_BLOCK], tl.float64)
     squares = tl.zeros([_BLOCK], tl.float64)
     bad = tl.zeros([_BLOCK], tl.int32)
-    for _ in range(pid, full + 1, programs):
+    for _ in range(pid, n // _TILE + 1, programs):
         for part in range(0, _TILE, _BLOCK):
             values = tl.load(x_ptr + place + part, mask=place + part < n, other=0.0).to(tl.float64)
             finite = tl.abs(values) < _INF
