@@ -15,7 +15,7 @@ import numbers
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from probe.errors import ProbeTypeError, ProbeValueError
 from probe.records import StepRecord
@@ -103,8 +103,8 @@ _PLAIN = frozenset({float, int, str, bool, type(None)})
 
 
 def _encode_dataclass(value: Any) -> dict[str, Any]:
-    found = {}
-    for name in _names(type(value)):
+    found, kind = {}, cast(type, type(value))
+    for name in _names(kind):
         part = getattr(value, name)
         plain = _encode(part) if type(part) in _PLAIN else _below(part, f".{name}")
         if plain is not None and (plain not in ([], {}) or is_dataclass(part)):
@@ -128,7 +128,7 @@ def _key(name: Any) -> str:
 
 
 @functools.cache
-def _names(kind: Any) -> tuple[str, ...]:
+def _names(kind: type) -> tuple[str, ...]:
     return tuple(field.name for field in fields(kind))
 
 
