@@ -10,6 +10,7 @@
 #   make bench-units  measure what one unit of the probe's work costs; writes benchmarks/results/units-*.json
 #   make bench-gpu    check synchronisations, copies, kernels and gaps of sampled steps on a CUDA device, where there is one
 #   make scaling      compute the cost on many ranks and for 70B models from the units; writes docs/scaling.md
+#   make bench        measure what the probe costs beside a plain Trainer and other tools; writes docs/overhead.md, 25 minutes
 #   make exactness    measure attention, heads and loss audit against independent references; writes docs/exactness.md
 #   make verdicts     train the example voice cloner and broken variants of it over five seeds; writes docs/verdicts-table.md
 #   make faults       break trainings on purpose, and see what the findings say; writes docs/faults.md
@@ -19,11 +20,13 @@
 #   PYTHON=python3.12       the Python to use; otherwise the first of python3, python3.13 ... python3.10 that fits
 #   PIP_FLAGS="..."         given to every pip install, such as --extra-index-url https://download.pytorch.org/whl/cpu for torch without CUDA
 #   DEMO_FLAGS="..."        given to the demo, such as --data FOLDER or --steps 100
+#   BENCH_FLAGS="..."       given to the benchmark, such as --models tiny --minutes 5
 #   PYTEST_FLAGS="..."      given to pytest; the default runs two processes
 
 PYTHON ?=
 PIP_FLAGS ?=
 DEMO_FLAGS ?=
+BENCH_FLAGS ?=
 PYTEST_FLAGS ?= -n 2 --dist loadfile
 DEMO_OUTPUT := demo-output
 
@@ -31,7 +34,7 @@ DEMO_OUTPUT := demo-output
 TEST_ENV := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-all test-matrix test-middle test-oldest check lint types docs format exactness verdicts clean
+.PHONY: demo test test-all test-matrix test-middle test-oldest check lint types docs format bench exactness verdicts clean
 
 demo: .venv/.demo
 	rm -rf $(DEMO_OUTPUT)
@@ -69,11 +72,9 @@ format: .venv/.dev
 	.venv/bin/ruff check --fix .
 	.venv/bin/ruff format .
 
-ifneq ($(wildcard benchmarks/__main__.py),)
-.PHONY: bench
-bench: .venv/.dev
-	.venv/bin/python -m benchmarks
-endif
+# All cores: what is measured is a training as it is run. The profiler that weighs a step's memory would else tell of itself in each.
+bench: .venv/.bench
+	HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false KINETO_LOG_LEVEL=99 .venv/bin/python -m benchmarks.overhead $(BENCH_FLAGS)
 
 .PHONY: bench-units bench-gpu scaling
 bench-units: .venv/.dev
@@ -107,6 +108,10 @@ INSTALL = -m pip install --quiet --disable-pip-version-check $(PIP_FLAGS)
 
 .venv/.dev: .venv/.made setup.cfg constraints/newest.txt constraints/common.txt
 	.venv/bin/python $(INSTALL) -c constraints/newest.txt -e '.[dev]'
+	touch $@
+
+.venv/.bench: .venv/.made setup.cfg constraints/newest.txt constraints/common.txt
+	.venv/bin/python $(INSTALL) -c constraints/newest.txt -e '.[bench]'
 	touch $@
 
 .venv-%/.test: .venv-%/.made setup.cfg constraints/%.txt constraints/common.txt

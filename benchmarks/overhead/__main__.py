@@ -8,7 +8,6 @@ import os
 import platform
 import subprocess
 import time
-import warnings
 from collections.abc import Sequence
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -36,7 +35,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _options(arguments)
     found = options.results or RESULTS / f"overhead-{date.today().isoformat()}-{_device()}.json"
     if not options.page_only:
-        warnings.filterwarnings("ignore", message="TorchLens observed")  # one a step, of transformers' own code
         transformers.logging.set_verbosity_error()
         write(run(options), found)
         print(f"wrote {found}")
@@ -151,7 +149,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", choices=[each.name for each in contenders()], default=[], help="default: all")
     parser.add_argument("--pairs", type=int, default=10, help="pairs of idle and of sampled steps on a model of long steps, at least")
     parser.add_argument("--idle-pairs", type=int, default=200, help="pairs of idle steps on a model of short steps, at least")
-    parser.add_argument("--minutes", type=float, default=20, help="time that the pairs of all models have together")
+    parser.add_argument("--minutes", type=float, default=18, help="time that the pairs of all models have together")
     parser.add_argument("--memory", type=float, default=None, help="GiB for the copies of a model (default: what is free, less a reserve)")
     parser.add_argument("--results", type=Path, default=None, help="the file to write (default: by date and device in benchmarks/results)")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of page and plot")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -22,6 +23,8 @@ class Companion:
     """
 
     trainer: type[Trainer] = Trainer
+    warm_up = 1
+    """Steps before the first that is like all others: one makes the optimizer's states."""
 
     def open(self, model: nn.Module) -> None:
         """See the model before its Trainer is made."""
@@ -173,6 +176,7 @@ class Recorded(Companion):
         import torchlens  # an optional dependency; see above
         from torchlens.backends.torch import wrappers
 
+        warnings.simplefilter("ignore", torchlens.errors.ScalarEscapeWarning)  # one a step, of transformers' own code
         self._record, self._wrappers = torchlens.record, wrappers
         self._model: nn.Module | None = None
         self.recording: Any = None
@@ -280,7 +284,7 @@ COMPETITORS: tuple[dict[str, Any], ...] = (
     {
         "name": "torchlens",
         "title": "TorchLens, `record` of every operation of the forward",
-        "gives": "the tensors themselves; no numbers yet",
+        "gives": "the tensors themselves; no numbers yet (and other dropout masks: it seeds the generator)",
         "companion": Recorded,
         "apart": True,
     },

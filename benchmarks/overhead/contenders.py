@@ -47,7 +47,7 @@ class Contender:
     companion: Callable[[], Companion]
     attention: str = "sdpa"
     often: float = 0.3
-    most: int = 12
+    most: int = 8
     apart: bool = False
     long: bool = False
     every: int = 0
@@ -55,6 +55,9 @@ class Contender:
 
 class Watched(Companion):
     """The probe with everything on, or with some observers only."""
+
+    warm_up = 2
+    """The first step of a training is always sampled; its record is published in the second."""
 
     def __init__(self, *, every: int, passes: int = 0, only: Sequence[str] | None = None) -> None:
         self.every = every
@@ -102,12 +105,12 @@ def contenders() -> list[Contender]:
     mine = "the probe, "
     everything = "every number of the metrics page"
     found = [
-        Contender("again", "plain Trainer, a second copy", "the noise of the comparison", Companion, often=1.0, most=100, long=True),
+        Contender("again", "plain Trainer, a second copy", "the noise of the comparison", Companion, often=1.0, most=60, long=True),
         Contender("idle", f"{mine}unsampled step", "", lambda: Watched(every=NEVER), often=1.0, most=NEVER),
         Contender("sampled", f"{mine}sampled step, everything on", everything, lambda: Watched(every=1), often=1.0, most=60),
         Contender("passes", f"{mine}sampled step with counterfactual passes", everything, lambda: Watched(every=1, passes=1)),
     ]
-    for every, most in ((10, 44), (100, 110)):
+    for every, most in ((10, 44), (100, 104)):
         title = f"{mine}every {every}th step"
         found.append(
             Contender(f"every-{every}", title, everything, partial(Watched, every=every), often=1.0, most=most, long=True, every=every)

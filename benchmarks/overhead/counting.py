@@ -92,8 +92,7 @@ class _Reads(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
-        to_host = name == "to" and any(str(value) == "cpu" for value in (*args[1:], *(kwargs or {}).values()) if not isinstance(value, Tensor))
-        self.reads += to_host or name in _READS
+        self.reads += name in _READS or (name == "to" and _to_host((*args[1:], *(kwargs or {}).values())))
         return func(*args, **(kwargs or {}))
 
 
@@ -101,6 +100,10 @@ def _aliases(func: Any) -> bool:
     """Tell whether an operator's results are nothing but views of its arguments."""
     returns = func._schema.returns
     return bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def _to_host(arguments: tuple[Any, ...]) -> bool:
+    return any(isinstance(value, (str, torch.device)) and str(value) == "cpu" for value in arguments)
 
 
 def _by_mask(indices: Any) -> bool:

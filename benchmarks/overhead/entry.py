@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from transformers import PrinterCallback, Trainer, TrainingArguments
 
-from benchmarks.overhead.competitors import Companion
 from benchmarks.overhead.contenders import Contender
 from benchmarks.overhead.lockstep import Runner
 from benchmarks.overhead.subjects import Samples, Subject, collate

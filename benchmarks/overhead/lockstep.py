@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from transformers import Trainer, TrainerCallback, set_seed
 
 
-class Unbalanced(RuntimeError):
+class UnbalancedError(RuntimeError):
     """A step left a mode of torch behind, which every other contender would then run under."""
 
 
@@ -94,7 +94,7 @@ class Runner:
 
         Raises:
             RuntimeError: if training ended by itself.
-            Unbalanced: if the step left a mode of torch behind.
+            UnbalancedError: if the step left a mode of torch behind.
         """
         took = self._switch()
         self.steps += 1
@@ -126,7 +126,7 @@ class Runner:
             self._generators = Generators.now()
             outside.restore()
         if _modes() != modes:
-            raise Unbalanced(f"a step began under {modes} and left {_modes()}")
+            raise UnbalancedError(f"a step began under {modes} and left {_modes()}")
         return took
 
 

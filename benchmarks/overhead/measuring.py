@@ -21,7 +21,7 @@ from benchmarks.overhead.results import ModelResult, Row
 from benchmarks.overhead.subjects import Subject
 from probe.sites.discovery import discover
 
-_OWN_STEPS, _WARM_UP = 6, 2
+_OWN_STEPS = 6
 Say = Callable[[str], None]
 
 
@@ -131,12 +131,9 @@ def _measure_group(group: Sequence[Contender], setting: Setting, plan: Plan, fou
 
 
 def _count(entry: Entry, found: Found) -> None:
-    """Warm up for two steps, count the third, and weigh the fourth.
-
-    The first makes the optimizer's states and is always sampled; the record of it is published in the second.
-    """
+    """Warm up, count one step, and weigh another."""
     name = entry.contender.name
-    for _ in range(_WARM_UP):
+    for _ in range(entry.companion.warm_up):
         entry.turn()
     counts, peak = entry.turn(count), entry.turn(peak_mib)
     found.counts.setdefault(name, counts)

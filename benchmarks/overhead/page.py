@@ -69,8 +69,8 @@ def model_section(model: ModelResult, device: str) -> str:
     lines = [
         f"## {model.title}, {device.upper()}",
         "",
-        f"{model.parameters / 1e6:.0f} M parameters, {model.precision}, a batch of {model.batch}; {model.sites} modules observed. The plain "
-        f"step: {model.plain_ms:.0f} ms, {model.kernels} operations and {model.views} views, {model.syncs} reads, "
+        f"{model.parameters / 1e6:.0f} M parameters, {model.precision}, a batch of {model.batch}; {model.sites} modules observed.",
+        f"The plain step: {model.plain_ms:.0f} ms, {model.kernels} operations and {model.views} views, {model.syncs} reads,",
         f"{model.peak_mib:.0f} MiB at its peak.",
         "",
         "| | step ÷ plain | pairs | operations | views | reads | peak, MiB | what it gives |",
@@ -92,8 +92,8 @@ def _itself(run: Results) -> str:
     lines = [
         f"## Sampled steps from outside and by themselves, {run.device.upper()}",
         "",
-        "The share of a sampled step that is the probe's: from the paired ratio, and `probe/overhead/pct` as it stands in the records of the",
-        "same run (steps sampled one after the other). Beside it what the sampled step comes to at cadences, computed from it.",
+        "The share of a sampled step that is the probe's: from the paired ratio, and `probe/overhead/pct` as it stands in the records of",
+        "the same run (steps sampled one after the other). Beside it what the sampled step comes to at cadences, computed from it.",
         "",
         "| | paired, % | `probe/overhead/pct` | every 10 | every 100 | passes, every 500 |",
         "|---|---|---|---|---|---|",

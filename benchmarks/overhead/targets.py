@@ -51,7 +51,8 @@ def _unsampled(results: Results) -> list[Target]:
         noise = f"a second plain Trainer: {_ratio(again).text()}" if again else ""
         load = f"load when it began: {results.load:.1f}" if when else ""
         kept = low <= ratio.low and ratio.high <= high
-        found.append(Target(name, bound, f"{ratio.text()}, {ratio.pairs} pairs, {model.title}", kept, "; ".join(filter(None, (noise, load)))))
+        why = "; ".join(each for each in (noise, load) if each)
+        found.append(Target(name, bound, f"{ratio.text()}, {ratio.pairs} pairs, {model.title}", kept, why))
     return found
 
 
