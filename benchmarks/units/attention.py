@@ -66,7 +66,7 @@ Costs: TypeAlias = "tuple[list[AttentionRow], list[AttentionMemory]]"
 
 
 def attention_costs(
-    device: torch.device, *, cases: tuple[tuple[str, int], ...], rounds: int
+    device: torch.device, *, cases: Sequence[tuple[str, int]], rounds: int
 ) -> tuple[list[AttentionRow], list[AttentionMemory]]:
     """Measure Whisper shapes with SDPA; each has four layers, its own width and heads, and clips of 30 s."""
     rows: list[AttentionRow] = []

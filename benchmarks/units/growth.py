@@ -119,8 +119,7 @@ def _added(load: Workload, device: torch.device, *, rounds: int, micro_batches: 
     model, batch = load.make()
     model.to(device)
     inputs = {key: tensor.to(device) for key, tensor in batch.items()}
-    chosen = {"sites": {"custom": list(sites)}} if sites else {}
-    with probe.attach(model, every=1, settings=quiet(), **chosen) as p:
+    with probe.attach(model, every=1, settings=quiet(), sites={"custom": list(sites)} if sites else "auto") as p:
         calls = {kind: _step(model, inputs, p if kind == "sampled" else None, micro_batches) for kind in ("plain", "sampled")}
         times = interleaved(calls, rounds=rounds, device=device, warm_up=3)
     return [a - b for a, b in zip(times["sampled"], times["plain"], strict=True)]

@@ -12,6 +12,7 @@ from benchmarks.units.memory import curve
 from benchmarks.units.targets import Target
 from benchmarks.units.timing import Estimate, interleaved, ratio
 from probe.measure.heads import score
+from probe.measure.variants import Variant
 
 VOCABULARIES = (51_865, 151_936, 262_144)
 ROWS = 256
@@ -52,7 +53,7 @@ def _one(device: torch.device, vocabulary: int, dtype: torch.dtype, rows: int, r
     generator = torch.Generator(device).manual_seed(vocabulary)
     logits = torch.randn((rows, vocabulary), generator=generator, device=device).to(dtype)
     labels = torch.randint(0, vocabulary, (rows,), generator=generator, device=device)
-    others = {"late": labels.roll(1), "early": labels.roll(-1)}
+    others: dict[Variant, torch.Tensor] = {"shift_less": labels.roll(1), "shift_more": labels.roll(-1), "padding_out": labels.clone()}
 
     def own() -> torch.Tensor:
         return functional.cross_entropy(logits.float(), labels)

@@ -96,7 +96,8 @@ class _Wrapper(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step != 2 or self.trainer is None:
             return
-        model, batch = kwargs["model"], {}
+        model: nn.Module = kwargs["model"]
+        batch: dict[str, Tensor] = {}
         wrapped: Callable[..., Any] = self.trainer.training_step
         calls = {
             "wrapped": lambda: wrapped(model, batch, None),

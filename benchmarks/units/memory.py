@@ -20,7 +20,7 @@ from benchmarks.units.targets import Target
 from benchmarks.units.training import quiet, trainer
 
 MIB = 1 << 20
-STEPS = 3
+STEPS = 2
 BOUND_MIB = 64.0
 _MARK = "probe part: "
 
@@ -54,7 +54,7 @@ class Peak:
 
 
 def extra_peak(workload: Workload, *, device: torch.device, dtype: torch.dtype = torch.float32) -> Peak:
-    """Measure one workload: three steps of a Trainer without the probe, and three sampled ones, all on but counterfactual passes."""
+    """Measure one workload: a few steps of a Trainer without the probe, and as many sampled ones, all on but counterfactual passes."""
     model, batch = workload.make()
     model = model.to(device, dtype)
     inputs = {key: tensor.to(dtype) if tensor.is_floating_point() else tensor for key, tensor in batch.items()}

@@ -84,11 +84,11 @@ def _memory(device: torch.device, *, loads: Sequence[Workload]) -> Measured:
 
 _GRID = (
     whisper("tiny", clips=1),
-    whisper("tiny", clips=8),
-    whisper("base", clips=2),
+    whisper("tiny", clips=8, layers=2),
+    whisper("base", clips=1),
     whisper("small", clips=2, layers=2),
-    llama(vocabulary=262_144, rows=2, tokens=256),
-    llama(vocabulary=1000, rows=1, tokens=4096),
+    llama(vocabulary=262_144, rows=1, tokens=256),
+    llama(vocabulary=1000, rows=1, tokens=2048),
     qwen2_audio(clips=1),
 )
 _SMALL = llama(vocabulary=300, rows=1, tokens=32, width=64)
