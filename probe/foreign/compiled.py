@@ -82,12 +82,6 @@ def force_eager() -> AbstractContextManager[Any]:
     return context
 
 
-def is_traced_away() -> bool:
-    """Tell whether a module is being made into something that is used elsewhere: by ``torch.export``, ONNX or ``torch.jit.trace``."""
-    exporting = getattr(torch.compiler, "is_exporting", None)
-    return torch._C._get_tracing_state() is not None or (exporting is not None and exporting())
-
-
 def only_inline(function: _Function) -> _Function:
     """Keep ``torch.compile`` from making code of a function for its own sake; where compiled code calls it, it is still a part of that.
 
@@ -95,6 +89,13 @@ def only_inline(function: _Function) -> _Function:
     """
     skip_code(function.__code__)
     return function
+
+
+@only_inline
+def is_traced_away() -> bool:
+    """Tell whether a module is being made into something that is used elsewhere: by ``torch.export``, ONNX or ``torch.jit.trace``."""
+    exporting = getattr(torch.compiler, "is_exporting", None)
+    return torch._C._get_tracing_state() is not None or (exporting is not None and exporting())
 
 
 def _replays(compiled: Any) -> bool:
