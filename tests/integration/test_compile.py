@@ -1,7 +1,8 @@
-"""Under torch.compile: sampled steps run eagerly and are seen, other steps stay compiled, nothing is recompiled."""
+"""Under torch.compile: sampled steps run eagerly and are seen, or stay compiled and report; nothing is recompiled either way."""
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional
+from transformers import TrainerCallback
 
 import probe
 from models import CASES
-from models.running import run
+from models.running import assert_identical, run
 from probe.attachment import REGISTRY
 
 WIDTH = 40
@@ -92,3 +94,116 @@ def test_regional_compile_is_seen_too() -> None:
 
     observed = run(LLAMA, attach=attach, max_steps=4)
     assert [[row.calls for row in record.attention] for record in records(observed)] == [[1, 1]] * 3
+
+
+def compiled_layers(model: Any) -> None:
+    for layer in model.model.layers:
+        layer.compile(backend="aot_eager")
+
+
+@pytest.mark.parametrize("recomputing", [False, True], ids=["plain", "checkpointing"])
+@pytest.mark.parametrize("regional", [False, True], ids=["whole", "layers"])
+def test_in_graph_leaves_sampled_steps_compiled(regional: bool, recomputing: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Dropout on, everything is bit-identical on sampled steps too, with as many graphs; every site is counted once a micro-batch."""
+    options: dict[str, Any] = {"max_steps": 4, "gradient_accumulation_steps": 2}
+    backend = "aot_eager" if recomputing else "eager"  # whole models take long to compile
+    options |= {} if regional else {"torch_compile": True, "torch_compile_backend": backend}
+    options |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}} if recomputing else {}
+
+    def attach(model: Any) -> Any:
+        if regional:
+            compiled_layers(model)
+        return probe.attach(model, every=2, compile="in_graph")
+
+    plain = run(LLAMA, attach=compiled_layers if regional else None, **options)
+    expected = graphs()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    observed = run(LLAMA, attach=attach, **options)
+    assert graphs() == expected
+    assert_identical(plain, observed)
+    assert "run eagerly" not in capsys.readouterr().out
+    assert [record.step for record in records(observed)] == [1, 2, 4]
+    for record in records(observed):
+        assert {row.site: row.calls for row in record.statistics} == dict.fromkeys(SITES, 2)
+        assert record.metrics["probe/text/loss"] == pytest.approx(record.metrics["probe/loss"], rel=1e-4)
+        assert record.metrics["probe/loss_audit/ratio"] == pytest.approx(1.0, rel=1e-4)
+        assert "probe/grad/norm" in record.metrics
+        assert record.metrics["probe/input/samples"] == 4
+        assert not [why for why in record.not_measured.values() if "switched off" in why or "not called" in why]
+
+
+SITES = ("model.layers.0.self_attn", "model.layers.1.self_attn", "lm_head")
+
+
+def test_in_graph_measures_what_an_uncompiled_run_does() -> None:
+    """Statistics and heads of the first step are those of the same step without torch.compile, within rounding."""
+    eager = run(LLAMA, attach=lambda model: probe.attach(model, every=1), max_steps=1)
+    inside = run(LLAMA, attach=lambda model: probe.attach(model, every=1, compile="in_graph"), max_steps=1, **COMPILED)
+    (wanted,), (found,) = records(eager), records(inside)
+    for one, other in zip(wanted.statistics, found.statistics):
+        assert (one.site, one.calls, one.shape, one.elements) == (other.site, other.calls, other.shape, other.elements)
+        assert [other.mean, other.rms, other.std] == pytest.approx([one.mean, one.rms, one.std], rel=1e-5, abs=1e-6)
+    for name in ("loss", "token_accuracy", "top5_accuracy", "entropy", "calibration_error"):
+        assert found.metrics[f"probe/text/{name}"] == pytest.approx(wanted.metrics[f"probe/text/{name}"], rel=1e-5)
+
+
+def test_what_in_graph_does_not_see_is_named() -> None:
+    """Attention rows and gradients of activations: the reason stands at the metric, at the layer and at the concern."""
+    observed = run(LLAMA, attach=lambda model: probe.attach(model, every=1, compile="in_graph"), max_steps=1, **COMPILED)
+    (record,) = records(observed)
+    assert record.attention == () and record.activation_gradients == ()
+    layers = [site for site in SITES if site != "lm_head"]
+    for what in ("attention", "activation_gradients", "probe/attention/entropy", *(f"attention:{site}" for site in layers)):
+        assert "compile='in_graph'" in record.not_measured[what]
+    for site in SITES:
+        assert "compile='in_graph'" in record.not_measured[f"activation_gradient:{site}"]
+    assert not [what for what in record.not_measured if what.startswith("unseen")]
+
+
+def test_in_graph_without_a_compiled_region_is_the_window() -> None:
+    """On a model that is not compiled nothing stands between steps, and everything is seen."""
+    found: list[int] = []
+
+    class Lookout(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            found.append(sum(len(module._forward_hooks) for module in model.modules()))
+
+    observed = run(
+        LLAMA,
+        attach=lambda model: probe.attach(model, every=1, compile="in_graph"),
+        built=lambda trainer: trainer.add_callback(Lookout()),
+        max_steps=2,
+    )
+    assert found == [0, 0]
+    for record in records(observed):
+        assert [row.calls for row in record.attention] == [1, 1]
+        assert len(record.activation_gradients) == 3
+
+
+def test_in_graph_takes_its_hooks_away_when_training_ends() -> None:
+    """While it trains the model's state_dict is its own and it copies; afterwards each module's dictionary is as before."""
+    states: list[list[str]] = []
+
+    class Copier(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            states.append(list(copy.deepcopy(model).state_dict()))
+
+    plain = run(LLAMA, max_steps=2, **COMPILED)
+    torch._dynamo.reset()
+    observed = run(
+        LLAMA,
+        attach=lambda model: probe.attach(model, every=2, compile="in_graph"),
+        built=lambda trainer: trainer.add_callback(Copier()),
+        max_steps=2,
+        **COMPILED,
+    )
+    assert states == [list(plain.state_dict)] * 2
+    assert_identical(plain, observed)
+    for one, other in zip(plain.model.modules(), observed.model.modules()):
+        assert set(vars(one)) == set(vars(other))
+        assert not other._forward_hooks
+    again = observed.trainer
+    again.args.max_steps = 4
+    again.train(resume_from_checkpoint=None)
+    assert {row.site: row.calls for row in records(observed)[-1].statistics} == dict.fromkeys(SITES, 1)
