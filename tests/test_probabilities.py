@@ -143,6 +143,25 @@ def test_rows_that_see_nothing_are_zero(kind: str) -> None:
     torch.testing.assert_close(rows.p_BHRK.sum(-1)[1, :, 5:], torch.ones(H, S - 5))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_what_is_known_of_a_block_is_that_of_its_probabilities(dtype: torch.dtype, sinks: bool) -> None:
+    """Entropy and largest probability, as the scores tell them, are those of the rows: masks, a bias of -inf and blind rows included."""
+    q, k = normal(B, H, S, 16, seed=60, dtype=dtype) * 8, normal(B, H, K, 16, seed=61, dtype=dtype)
+    mask, bias = bool_mask(B, 1, S, K, seed=62), normal(1, H, S, K, seed=63).to(dtype)
+    mask[0, 0, 3] = False
+    bias[:, :, :, 2] = -torch.inf
+    source = FromScores(Scores(q, k, mask=mask, bias=bias, sinks_H=normal(H, seed=64) if sinks else None))
+    for block in source.blocks(all_rows(B, S)):
+        p = block.p.double()
+        assert block.entropy is not None
+        torch.testing.assert_close(block.entropy.double(), torch.special.entr(p).sum(-1), atol=1e-5, rtol=1e-5)
+        assert not block.entropy[0, :, 3].any()
+        assert (block.top is None) == sinks
+        if block.top is not None:
+            torch.testing.assert_close(block.top.float(), block.p.amax(-1))
+
+
 def test_nan_is_not_hidden() -> None:
     """NaN in q, in the mask or in scores shows as NaN in the row's probabilities."""
     q, k = normal(B, H, S, D, seed=21), normal(B, H, K, D, seed=22)

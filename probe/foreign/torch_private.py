@@ -61,15 +61,13 @@ def loss_scale(scaler: Any) -> Tensor | None:
     return scale if isinstance(scale, Tensor) else None
 
 
-def unchanged(tensor: Tensor, other: Tensor) -> bool:
-    """Say whether two tensors that are both alive are the same elements in memory, laid out alike, with nothing written between.
+def identity(tensor: Tensor) -> tuple[object, ...] | None:
+    """Return what tells the elements of a tensor from others while it is alive: where they lie, in what form, and how often written to.
 
-    ``Tensor._version`` counts the writes; public torch does not tell them. Tensors without memory (on the ``meta`` device) and those of
-    inference mode, which count nothing, are the same only if they are the same object. Looks at no value. Checked on torch 2.13.0.
+    Two equal identities are of the same elements with the same values. ``None`` where that cannot be told: without memory (on the
+    ``meta`` device), and in inference mode, which counts no writes. ``Tensor._version`` counts them; public torch does not tell. Looks at
+    no value. Checked on torch 2.13.0.
     """
-    if tensor is other:
-        return not tensor.is_inference()
-    if tensor.is_inference() or other.is_inference() or tensor.device != other.device or not tensor.data_ptr():
-        return False
-    form = (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr(), tensor._version)
-    return form == (other.shape, other.stride(), other.dtype, other.data_ptr(), other._version)
+    if tensor.is_inference() or not tensor.data_ptr():
+        return None
+    return (tensor.device, tensor.dtype, tuple(tensor.shape), tensor.stride(), tensor.data_ptr(), tensor._version)

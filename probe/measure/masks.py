@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from probe.foreign.torch_private import unchanged
+from probe.foreign.torch_private import identity
 from probe.measure import blocks
 from probe.measure.blocks import NotObservable
 from probe.measure.scores import MaskFunction, Scores
@@ -45,28 +45,43 @@ class View:
     """What decides which keys the queries of a call see, by identity: of the layers of a model it is the same as a rule.
 
     Attributes:
-        tensors: Masks, by reference.
-        numbers: Sizes, causality, window.
+        tensors: Masks, by reference, so that no other tensor comes to lie in their memory.
+        identities: What they were when the call was made; ``None`` of one that nothing tells from others.
+        numbers: Sizes, causality, window, whether there is a sink.
         may: The mask function.
     """
 
-    tensors: tuple[Tensor | None, ...]
+    tensors: tuple[Tensor, ...]
+    identities: tuple[tuple[object, ...] | None, ...]
     numbers: tuple[object, ...]
     may: MaskFunction | None
 
     def same(self, other: View) -> bool:
         """Tell whether both see the same keys, without looking at a value; ``False`` where that cannot be told."""
-        if self.may is not other.may or self.numbers != other.numbers:
-            return False
-        return all(a is b or (a is not None and b is not None and unchanged(a, b)) for a, b in zip(self.tensors, other.tensors))
+        told = None not in self.identities and self.identities == other.identities
+        return told and self.may is other.may and self.numbers == other.numbers
 
 
 def view_of(scores: Scores) -> View:
     """Return what decides which keys are seen in a call."""
     samples, heads, queries, keys = scores.shape
-    tensors = (scores.mask, scores.padding_BK, scores.segment_BS, scores.segment_BK)
-    numbers = (samples, heads, queries, keys, scores.causal_offset, scores.window, scores.autocast_dtype, scores.q_BHSD.device)
-    return View(tensors, numbers, scores.may)
+    given = (scores.mask, scores.padding_BK, scores.segment_BS, scores.segment_BK)
+    tensors = tuple(tensor for tensor in given if tensor is not None)
+    kinds = tuple(tensor is None for tensor in given)
+    sinks = scores.sinks_H is not None
+    numbers = (
+        samples,
+        heads,
+        queries,
+        keys,
+        kinds,
+        sinks,
+        scores.causal_offset,
+        scores.window,
+        scores.autocast_dtype,
+        scores.q_BHSD.device,
+    )
+    return View(tensors, tuple(map(identity, tensors)), numbers, scores.may)
 
 
 def allowed(mask: Tensor) -> Tensor:

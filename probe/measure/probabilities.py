@@ -136,7 +136,7 @@ class FromScores:
             if given.sinks_H is not None:
                 sink_1h11 = given.sinks_H.detach()[h].to(scores_bhrK.dtype)[None, :, None, None]
                 scores_bhrK = torch.cat((scores_bhrK, sink_1h11.expand(*scores_bhrK.shape[:3], 1)), -1)
-            return _softmax(RowBlock(b, h, r, scores_bhrK), here.blind, keys, floor=here.added is not None or bias is not None)
+            return _softmax(RowBlock(b, h, r, scores_bhrK), here.blind, keys, floor=bias is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +245,7 @@ def _softmax(block: RowBlock, blind: Tensor | None, keys: int, *, floor: bool) -
         block: Scores as ``p``.
         blind: Rows that see no key, if any may be.
         keys: Columns that are keys.
-        floor: Whether scores may be so low that they become -inf.
+        floor: Whether scores may be -inf (of masks they are not).
     """
     z_bhrC = block.p
     z_bhrC -= z_bhrC.amax(-1, keepdim=True)

@@ -62,15 +62,13 @@ class _Shared:
     view: View | None
     query_BS: Tensor | None
     key_BK: Tensor | None
-    choice: RowChoice
-    sinks: int
     prepared: Prepared
 
-    def fits(self, source: RowSource, query_BS: Tensor | None, key_BK: Tensor | None, choice: RowChoice) -> bool:
+    def fits(self, source: RowSource, query_BS: Tensor | None, key_BK: Tensor | None) -> bool:
         """Tell whether it holds for a call."""
-        same = self.query_BS is query_BS and self.key_BK is key_BK and self.choice is choice and self.sinks == source.sinks
         view = source.view
-        return same and self.view is not None and view is not None and self.view.same(view)
+        known = self.query_BS is query_BS and self.key_BK is key_BK
+        return known and self.view is not None and view is not None and self.view.same(view)
 
 
 class AttentionWatcher(Watcher):
@@ -153,7 +151,7 @@ class AttentionWatcher(Watcher):
         kind, scratch = call.site.kind, call.micro.scratch
         key = ("prepared", kind, source.shape)
         shared: _Shared | None = scratch.get(key)
-        if shared is None or not shared.fits(source, query_BS, key_BK, choice):
+        if shared is None or not shared.fits(source, query_BS, key_BK):
             prepared = prepare(
                 source,
                 choice,
@@ -162,7 +160,7 @@ class AttentionWatcher(Watcher):
                 self_attention=kind != "cross",
                 walks=kind in ("cross", "joint"),
             )
-            scratch[key] = shared = _Shared(source.view, query_BS, key_BK, choice, source.sinks, prepared)
+            scratch[key] = shared = _Shared(source.view, query_BS, key_BK, prepared)
         return shared.prepared
 
     def _held(self, call: Call, source: RowSource, prepared: Prepared, buffer: StepBuffer, *, known: bool) -> bool:
