@@ -54,8 +54,8 @@ def norm_of(tensor: Tensor) -> Tensor:
     real = real_view(tensor)
     if real.device.type != "cpu" or real.numel() == 0:
         return foreach_norm([real])[0]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(foreach_norm(list(pieces(real, _PIECE)))).double())
-    return norm
+    norms = foreach_norm(list(pieces(real, _PIECE)))
+    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms).double())
 
 
 def add_norms(norms: Sequence[Tensor], groups: Sequence[int], count: int) -> Tensor:
