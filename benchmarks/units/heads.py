@@ -15,7 +15,7 @@ from probe.measure.heads import score
 from probe.measure.variants import Variant
 
 VOCABULARIES = (51_865, 151_936, 262_144)
-ROWS = 256
+ROWS = 128
 MIB = 1 << 20
 
 
@@ -44,7 +44,7 @@ class HeadRow:
     logits_mib: float
 
 
-def head_costs(device: torch.device, *, vocabularies: tuple[int, ...] = VOCABULARIES, rows: int = ROWS, rounds: int = 7) -> list[HeadRow]:
+def head_costs(device: torch.device, *, vocabularies: tuple[int, ...] = VOCABULARIES, rows: int = ROWS, rounds: int = 5) -> list[HeadRow]:
     """Measure each vocabulary, in float32 and bfloat16."""
     return [_one(device, vocabulary, dtype, rows, rounds) for vocabulary in vocabularies for dtype in (torch.float32, torch.bfloat16)]
 
