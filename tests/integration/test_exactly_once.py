@@ -350,9 +350,9 @@ def test_measuring_runs_without_gradients(monkeypatch: pytest.MonkeyPatch) -> No
     enabled: list[tuple[str, bool]] = []
     for where in ("inputs", "statistics"):  # the root's inputs before it runs, a site's output after
 
-        def noting(x: Tensor, where: str = where) -> Any:
+        def noting(x: Tensor, where: str = where, **options: Any) -> Any:
             enabled.append((where, torch.is_grad_enabled()))
-            return summarise(x)
+            return summarise(x, **options)
 
         monkeypatch.setattr(f"probe.capture.observers.{where}.summarise", noting)
     model = Stack(nn.Linear(4, 4))

@@ -13,6 +13,7 @@ from probe.capture.cells import Cell
 from probe.capture.observer import Call, Watcher
 from probe.measure.clips import COLUMNS as CLIP_COLUMNS
 from probe.measure.clips import describe_clips
+from probe.measure.fused_statistics import FUSED, FusedStatistics
 from probe.measure.statistics import summarise
 from probe.sites.batch import audio_codes, audio_features, samples_in, text_labels
 from probe.sites.facts import ModelFacts
@@ -38,6 +39,7 @@ class InputWatcher(Watcher):
         """Watch the root of a model with these facts; without ``keep_text`` no token id leaves the device."""
         self._facts = facts
         self._keep_text = keep_text
+        self._fused = FusedStatistics()
         self._tokens = Cell("audio_tokens", counts=("batches",), sums=tuple(name for name, _ in facts.audio_tokens))
 
     def cells(self) -> Sequence[Cell]:
@@ -67,7 +69,9 @@ class InputWatcher(Watcher):
                 known[name] = ((), type(value).__name__, "host", value)
             return
         known[name] = (tuple(value.shape), str(value.dtype).removeprefix("torch."), str(value.device), None)
-        sums, maxima = summarise(value)
+        sums, maxima = summarise(value, fused=self._fused)
+        if self._fused.failure is not None:
+            buffer.totals.omit(FUSED, self._fused.failure)
         buffer.put(f"input:{name}", torch.cat([sums, maxima]))
         if self._keep_text and not value.is_floating_point() and value.numel():
             buffer.put(f"first:{name}", value.reshape(-1)[:FIRST_VALUES])
