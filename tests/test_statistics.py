@@ -129,10 +129,11 @@ def test_empty(shape: tuple[int, ...]) -> None:
     assert measured(torch.empty(shape)) == Moments()
 
 
+@pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("values", [[math.nan], [math.inf], [-math.inf, math.inf], [math.nan, math.inf, -math.inf]])
 def test_nonfinite_values_are_counted(dtype: torch.dtype, values: list[float]) -> None:
-    """NaN and Inf, in the first chunk or the last, are counted exactly, and nothing else is claimed."""
+    """NaN and Inf, in the first chunk or the last, are counted exactly, nothing else is claimed, and no warning is given."""
     torch.manual_seed(6)
     x = torch.randn(1_100_000).to(dtype)
     x[: len(values)] = torch.tensor(values, dtype=dtype)
