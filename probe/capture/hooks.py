@@ -223,7 +223,7 @@ class HookSet:
         forward.calls.append(call)
         for observer in self._entering[name]:
             if not self._breaker.is_off(observer.name):
-                spent = forward.buffer.meter.section(observer.name, launches=True)
+                spent = forward.buffer.meter.section(observer.name, launches=_launches(observer, "enter"))
                 with spent, self._breaker.guard(observer.name, name or "the model"), torch.no_grad():
                     observer.enter(call, forward.buffer)
 
@@ -239,7 +239,7 @@ class HookSet:
 
     def _show_end(self, observer: Observer, call: Call, forward: Forward) -> None:
         if not self._breaker.is_off(observer.name):
-            spent = forward.buffer.meter.section(observer.name, launches=True)
+            spent = forward.buffer.meter.section(observer.name, launches=_launches(observer, "leave"))
             with spent, self._breaker.guard(observer.name, call.site.name or "the model"), torch.no_grad():
                 observer.leave(call, forward.buffer)
 
@@ -247,6 +247,11 @@ class HookSet:
 def _acts(observer: Observer, event: str) -> bool:
     """Tell whether an observer does anything at an event."""
     return getattr(type(observer), event, None) is not getattr(Watcher, event)
+
+
+def _launches(observer: Observer, event: str) -> bool:
+    """Tell whether what an observer does at an event puts work on the device."""
+    return event not in getattr(observer, "on_host", ())
 
 
 @contextmanager

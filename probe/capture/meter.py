@@ -37,6 +37,9 @@ class Meter:
     passing on of function calls inside attention modules, about a microsecond a call; the look at the schedule in steps that are not
     sampled; and setting up.
 
+    Events are recorded on the stream of the device that the meter was made for: work on the other devices of a model that is spread over
+    several is not in it.
+
     A section costs about a microsecond of the host, on CUDA two events more. Sections open and close on one thread at a time, as autograd's
     own thread runs while the one that called it waits.
     """

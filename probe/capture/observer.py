@@ -82,9 +82,13 @@ class Observer(Protocol):
 
 
 class Watcher:
-    """An observer's default behaviour: no cells, no sites, nothing done. Observers override what they need."""
+    """An observer's default behaviour: no cells, no sites, nothing done. Observers override what they need.
+
+    ``on_host`` names those of its methods that put no work on the device, so that nothing is recorded there to time them.
+    """
 
     name = ""
+    on_host: frozenset[str] = frozenset()
 
     def cells(self) -> Sequence[Cell]:
         """Return no cells."""

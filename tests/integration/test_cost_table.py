@@ -141,6 +141,24 @@ def test_operations_by_part(watched: Any) -> None:
     assert {part: count for part, count in counted.waits.items() if count} == {}
 
 
+def test_what_is_said_to_be_on_the_host_launches_nothing(watched: Any) -> None:
+    """An observer that says of one of its methods that it puts no work on the device dispatches no operation in it."""
+    model, observation, batch = watched
+    said = [(observer, event) for observer in observation._observers for event in observer.on_host]
+    launched: Counter[str] = Counter()
+    for observer, event in said:
+        act = getattr(observer, event)
+
+        def counted(*args: Any, act: Any = act, key: str = f"{observer.name}.{event}") -> None:
+            launched[key] += costs.kernels(lambda: act(*args))
+
+        setattr(observer, event, counted)
+    whole_step(model, observation, batch, 3)
+    assert len(said) >= 2
+    assert set(launched) == {f"{observer.name}.{event}" for observer, event in said}
+    assert set(launched.values()) == {0}
+
+
 def test_a_bound_notices_one_operation_more(watched: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The counter sees what a part does: a few operations more in one observer's work stand in its row and in no other."""
     model, observation, batch = watched

@@ -52,6 +52,7 @@ class ActivationGradientWatcher(Watcher):
     """
 
     name = "activation_gradients"
+    on_host = frozenset({"leave"})
 
     def __init__(self, sites: Sequence[Site], breaker: Breaker) -> None:
         """Watch these sites, without the root; the breaker guards what runs inside the backward."""

@@ -20,6 +20,7 @@ class ModeWatcher(Watcher):
     """Looks at the flags of all modules as the first forward of a sampled step begins. On the host alone: no tensor is touched."""
 
     name = "modes"
+    on_host = frozenset({"enter"})
 
     def __init__(self) -> None:
         """Begin without any evaluation seen."""
