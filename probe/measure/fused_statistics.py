@@ -11,8 +11,9 @@ from torch import Tensor
 from probe.measure.chunks import dense
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-FUSED = "statistics:fused kernel"
-"""Under which name the reason is kept why statistics are taken without the kernel that should have taken them."""
+FUSED = "fused_statistics"
+"""Under which name it is told why statistics are taken without the kernel that should have taken them."""
+_TOLD = 300
 _PER_PROCESSOR = 8
 _TILES = 32
 """Tiles that a program reads at most: 128 values a lane, over which float32 loses less than 1e-7."""
@@ -63,7 +64,8 @@ class FusedStatistics:
         try:
             return self._launch(x, into)
         except Exception as error:  # whatever a compiler or driver may raise: training goes on without this kernel
-            self.failure = f"the fused kernel failed with {type(error).__name__}: {error}"
+            told = " ".join(str(error).split())[:_TOLD]
+            self.failure = f"the fused kernel failed with {type(error).__name__}: {told}; the statistics are taken without it"
             return None
 
     def _launch(self, x: Tensor, into: tuple[Tensor, Tensor] | None) -> Tensor:
