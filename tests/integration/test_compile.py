@@ -16,6 +16,7 @@ import probe
 from models import CASES
 from models.running import assert_identical, run
 from probe.attachment import REGISTRY
+from probe.capture.in_graph import ReportingHook
 
 WIDTH = 40
 
@@ -167,7 +168,7 @@ def test_in_graph_without_a_compiled_region_is_the_window() -> None:
 
     class Lookout(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-            found.append(sum(len(module._forward_hooks) for module in model.modules()))
+            found.append(sum(isinstance(hook, ReportingHook) for module in model.modules() for hook in module._forward_hooks.values()))
 
     observed = run(
         LLAMA,
@@ -202,7 +203,7 @@ def test_in_graph_takes_its_hooks_away_when_training_ends() -> None:
     assert_identical(plain, observed)
     for one, other in zip(plain.model.modules(), observed.model.modules()):
         assert set(vars(one)) == set(vars(other))
-        assert not other._forward_hooks
+        assert len(one._forward_hooks) == len(other._forward_hooks)  # some versions of transformers leave their own
     again = observed.trainer
     again.args.max_steps = 4
     again.train(resume_from_checkpoint=None)
