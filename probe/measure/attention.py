@@ -13,14 +13,16 @@ from torch import Tensor
 
 from probe.measure import blocks
 from probe.measure.blocks import RowBlock, RowSource
+from probe.measure.fused_rows import FusedRows
 from probe.measure.prepared import Prepared, Weights, multiplied_in, weigh
-from probe.measure.quantities import MASSES, SHAPE, AttentionSums, add_up, sums_of
+from probe.measure.quantities import MASSES, SHAPE, WALKS, AttentionSums, add_up, sums_of
 from probe.measure.rows import RowChoice
 from probe.measure.sight import GROUPS, check_call, look
 from probe.measure.walk import Coverage, monotonicity
 
 # What is reduced from each row, in this order; then GROUPS.
 _RAW = ("entropy", "sum_of_squares", "top", "band", "distance", "sink")
+_OF_ROWS = (*SHAPE, *MASSES)
 # Of which of these the quantities are made.
 _OF = {"entropy_nats": "entropy", "effective_keys": "sum_of_squares", "first_token": "first"}
 
@@ -52,7 +54,7 @@ def held_bytes(shape: tuple[int, int, int, int], choice: RowChoice) -> int:
     return samples * rows * (shape[1] * len(_RAW) * 4 + shape[3] * 5 + 12)
 
 
-def describe(source: RowSource, prepared: Prepared) -> AttentionSums:
+def describe(source: RowSource, prepared: Prepared, *, fused: FusedRows | None = None) -> AttentionSums:
     """Sum up one attention call; padding among the queries counts for nothing, nor does a row that sees no key.
 
     The definitions are those of the catalogue (``docs/attention.md`` tells them at length). What needs a modality that is not known has
@@ -62,6 +64,7 @@ def describe(source: RowSource, prepared: Prepared) -> AttentionSums:
     Args:
         source: The call.
         prepared: What :func:`probe.measure.prepared.prepare` made of it, or of another call whose queries see the same keys.
+        fused: The kernels to use where they can be used: then no block is built.
 
     Raises:
         NotObservable: the source cannot give its rows.
@@ -69,8 +72,14 @@ def describe(source: RowSource, prepared: Prepared) -> AttentionSums:
     heads, audio_BK = source.shape[1], prepared.sight.text_audio_BK
     with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
         coverage = Coverage(prepared.text_BR, audio_BK, heads) if audio_BK is not None else None
-        raw_QBHR = _reduce(source, prepared, None if coverage is None else coverage.add)
-        numerators = [_add_up(raw_QBHR, of, prepared.weights) for of in (SHAPE, MASSES)]
+        found = None if fused is None else fused(source, prepared, groups=len(GROUPS), covered=coverage is not None)
+        if found is None:
+            raw_QBHR = _reduce(source, prepared, None if coverage is None else coverage.add)
+        else:
+            raw_QBHR, sum_BHK = found
+            if coverage is not None and sum_BHK is not None:
+                coverage.take(sum_BHK)
+        numerators: dict[tuple[str, ...], Tensor] = {_OF_ROWS: _add_up(raw_QBHR, _OF_ROWS, prepared.weights)}
         weights = prepared.weights.sum_Q
         if coverage is not None:
             audio_BRH, place_BRH = (raw_QBHR[len(_RAW) + GROUPS.index(of)].transpose(1, 2).double() for of in ("audio", "place"))
@@ -78,7 +87,7 @@ def describe(source: RowSource, prepared: Prepared) -> AttentionSums:
             values_BHQ = torch.stack((tau_BH, coverage.value()), -1)
             each_B1 = prepared.text_BR.sum(1, keepdim=True)
             weight_BQ = torch.cat((each_B1 * (pairs_B1 > 0), each_B1), 1)
-            numerators.append(add_up(values_BHQ[:, None], weight_BQ[:, None]))
+            numerators[WALKS] = add_up(values_BHQ[:, None], weight_BQ[:, None])
             weights = torch.cat((weights, weight_BQ.sum(0)))
         return sums_of(prepared.weights.sampled, numerators, weights)
 
@@ -119,7 +128,8 @@ def finish_later(held: HeadMeanRows, query_modality_BS: Tensor | None, key_modal
         groups_MB1R = torch.cat(parts, 1).permute(2, 0, 1).unsqueeze(2)
         shape_HQ = _add_up(held.raw_QBHR, SHAPE, weights)
         nothing = held.raw_QBHR[:, :, :1]  # stands where ``_RAW`` does; no mass is made of it
-        return sums_of(weights.sampled, [shape_HQ, _add_up(torch.cat((nothing, groups_MB1R)), MASSES, weights)], weights.sum_Q)
+        mass_1Q = _add_up(torch.cat((nothing, groups_MB1R)), MASSES, weights)
+        return sums_of(weights.sampled, {SHAPE: shape_HQ, MASSES: mass_1Q}, weights.sum_Q)
 
 
 def _reduce(source: RowSource, prepared: Prepared, each: Callable[[RowBlock, Tensor], None] | None, *, masses: bool = True) -> Tensor:
@@ -169,7 +179,7 @@ def _add_up(raw_QBHR: Tensor, quantities: tuple[str, ...], weights: Weights) -> 
     if "effective_keys" in quantities:
         square_BHR = values_QBHR[quantities.index("effective_keys")]
         square_BHR.copy_(torch.where(square_BHR == 0, 0.0, square_BHR.reciprocal()))
-    first = 0 if quantities is SHAPE else len(SHAPE)
+    first = _OF_ROWS.index(quantities[0])
     part = slice(first, first + len(quantities))
     factor_QB1R, counts_QB1R = (of[..., part].permute(2, 0, 1).unsqueeze(2) for of in (weights.factor_BRQ, weights.counts_BRQ))
     return (torch.where(counts_QB1R, values_QBHR, 0.0) * factor_QB1R).sum((1, 3)).T

@@ -16,7 +16,8 @@ from probe.sites.modality import PADDING
 
 #: Half the width of the diagonal band: in keys for self-attention, in shares of both lengths for cross-attention.
 BAND_KEYS, BAND_SHARE = 4, 0.1
-_ROUNDING = 1e-6  # shares of keys are float32
+#: Shares of keys are float32.
+ROUNDING = 1e-6
 _PAIR_BYTES = 16  # of one (row, key) pair while differences are taken
 
 
@@ -69,7 +70,7 @@ class Shares:
     def pairs(self, b: slice, r: slice) -> Tensor:
         """Return 1 where a pair lies in the band, float32 (b, r, K)."""
         key_bK = self.key_BK[b] if self.key_BK.shape[0] > 1 else self.key_BK
-        return (_apart(key_bK, self.row_BR[b, r]) <= BAND_SHARE + _ROUNDING).float()
+        return (_apart(key_bK, self.row_BR[b, r]) <= BAND_SHARE + ROUNDING).float()
 
 
 def places(

@@ -5,6 +5,7 @@ Shapes: B batch, R sampled rows a sample, H heads, Q quantities; h is H, or 1 wh
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -58,19 +59,18 @@ def add_up(values_BRhQ: Tensor, weight_BRQ: Tensor) -> Tensor:
     return (torch.where(weight_BR1Q > 0, values_BRhQ, 0.0) * weight_BR1Q).sum((0, 1))
 
 
-def sums_of(sampled: Tensor, numerators_hQ: list[Tensor], weights_Q: Tensor) -> AttentionSums:
-    """Put together what :func:`add_up` returned for ``SHAPE``, ``MASSES`` and, unless it was left out, ``WALKS``.
+def sums_of(sampled: Tensor, numerators: Mapping[tuple[str, ...], Tensor], weights_Q: Tensor) -> AttentionSums:
+    """Put together what :func:`add_up` returned for ``SHAPE``, ``MASSES`` and, unless they were left out, ``WALKS``.
 
     Args:
         sampled: Number of rows looked at, 0-dim.
-        numerators_hQ: One tensor for each part of ``QUANTITIES``; with a single head, it is the mean over heads.
+        numerators: (h, Q) of each part of ``QUANTITIES``, in their order; with a single head, it is the mean over heads.
         weights_Q: The sums of the weights, of all of these parts.
     """
-    heads = numerators_hQ[0].shape[0]
-    parts = (SHAPE, MASSES, WALKS)[: len(numerators_hQ)]
-    headwise = tuple(name for part, values in zip(parts, numerators_hQ) for name in part if values.shape[0] == heads)
-    missing = sampled.new_zeros(len(QUANTITIES) - sum(map(len, parts)))
-    means_Q = torch.cat([values.mean(0) for values in numerators_hQ] + [missing])
-    each_HQ = [values if values.shape[0] == heads else torch.zeros_like(values).expand(heads, -1) for values in numerators_hQ]
+    heads = max(values.shape[0] for values in numerators.values())
+    headwise = tuple(name for names, values in numerators.items() if values.shape[0] == heads for name in names)
+    missing = sampled.new_zeros(len(QUANTITIES) - sum(map(len, numerators)))
+    means_Q = torch.cat([*(values.mean(0) for values in numerators.values()), missing])
+    each_HQ = [values if values.shape[0] == heads else torch.zeros_like(values).expand(heads, -1) for values in numerators.values()]
     per_head_QH = torch.cat([*each_HQ, missing.expand(heads, -1)], 1).T
     return AttentionSums(torch.cat((sampled[None], means_Q, weights_Q, missing)), per_head_QH, headwise)

@@ -45,6 +45,11 @@ class Coverage:
         target_bhK = self._sum_bhK[at] if self._together else self._sum_bhK
         target_bhK += sum_bhK
 
+    def take(self, sum_BHK: Tensor) -> None:
+        """Take the weighted sums of all rows at once, float32, instead of blocks."""
+        samples, heads, _ = sum_BHK.shape
+        self._at, self._sum_bhK = (slice(0, samples), slice(0, heads)), sum_BHK
+
     def value(self) -> Tensor:
         """Return float64 (B, H): exp(entropy of the mean distribution over audio keys) ÷ how many of them are visible; 0 … 1.
 
@@ -83,15 +88,17 @@ def monotonicity(index_BR: Tensor, counts_BR: Tensor, mass_BRH: Tensor, place_BR
     Source: Kendall (1938), A new measure of rank correlation, Biometrika 30.
     """
     samples, rows, heads = mass_BRH.shape
-    somewhere_BRH = (mass_BRH != 0) & counts_BR[..., None]
-    centre_BRH = torch.where(somewhere_BRH, place_BRH / mass_BRH, 0.0)
-    order_BH = (centre_BRH * 0.0).sum(1)  # 0; NaN where a row that counts is NaN, which has no sign
+    nowhere_BRH = mass_BRH == 0
+    centre_BRH = place_BRH / torch.where(nowhere_BRH, 1.0, mass_BRH)
+    # 1 for rows that are compared; 0 * NaN stays NaN, which has no sign and is to show.
+    there_BRH = (counts_BR[..., None] & ~nowhere_BRH).to(centre_BRH.dtype)
+    order_BH = (torch.where(counts_BR[..., None], centre_BRH, 0.0) * 0.0).sum(1)
     step = max(1, blocks.CHUNK_BYTES // max(1, samples * rows * heads * 32))
     for r in (slice(start, start + step) for start in range(0, rows, step)):
         ahead_BrRH = centre_BRH[:, r, None] - centre_BRH[:, None]
-        ahead_BrRH.masked_fill_((ahead_BrRH.abs() < _TIE_KEYS) | ~(somewhere_BRH[:, r, None] & somewhere_BRH[:, None]), 0.0)
+        ahead_BrRH.div_(_TIE_KEYS).trunc_().sign_().mul_(there_BRH[:, r, None]).mul_(there_BRH[:, None])
         later_BrR = (index_BR[:, r, None] - index_BR[:, None]).sign()
-        order_BH = order_BH + (ahead_BrRH.sign_() * later_BrR[..., None]).sum((1, 2))
+        order_BH = order_BH + (ahead_BrRH.mul_(later_BrR[..., None])).sum((1, 2))
     number_B1 = counts_BR.sum(1, keepdim=True).double()
     pairs_B1 = number_B1 * (number_B1 - 1)
     return order_BH / pairs_B1.clamp(min=1), pairs_B1

@@ -18,6 +18,7 @@ from probe.capture.observers.modality import late_modality, modalities
 from probe.capture.tap import AttentionTap
 from probe.measure.attention import HeadMeanRows, describe, describe_later, finish_later, held_bytes
 from probe.measure.blocks import NotObservable, RowSource
+from probe.measure.fused_rows import FUSED, FusedRows
 from probe.measure.masks import View
 from probe.measure.prepared import Prepared, prepare
 from probe.measure.quantities import COLUMNS, AttentionSums
@@ -85,6 +86,7 @@ class AttentionWatcher(Watcher):
         self._layers = {site.name: site for site in sites if site.role == "attention"}
         self._breaker = breaker
         self._rows = rows
+        self._fused = FusedRows()
 
     def cells(self) -> Sequence[Cell]:
         """Return a cell a layer. ``mismatch`` is of layers whose kernel had to be checked."""
@@ -139,7 +141,9 @@ class AttentionWatcher(Watcher):
         choice = self._choice(call, source, query_BS, salt=buffer.step or 0)
         prepared = self._prepared(call, source, choice, query_BS, key_BK)
         if not self._held(call, source, prepared, buffer, known=query_BS is not None or key_BK is not None):
-            _add(call.site, describe(source, prepared), buffer)
+            _add(call.site, describe(source, prepared, fused=self._fused), buffer)
+            if self._fused.failure is not None:
+                totals.omit(FUSED, self._fused.failure)
         totals.tell(name, (heads, keys, source.how))
         check: Checked | None = getattr(source, "check", None)
         if check is not None:
