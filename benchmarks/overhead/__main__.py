@@ -8,8 +8,10 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from datetime import date
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -36,36 +38,44 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = options.results or RESULTS / f"overhead-{date.today().isoformat()}-{_device()}.json"
     if not options.page_only:
         transformers.logging.set_verbosity_error()
-        write(run(options), found)
+        for results in run(options):
+            write(results, found)  # after each model, so that what is measured is not lost with what is not
         print(f"wrote {found}")
     publish([read(path) for path in latest(found)], options.docs)
 
 
-def run(options: argparse.Namespace) -> Results:
-    """Measure the chosen contenders on the chosen models."""
+def run(options: argparse.Namespace) -> Iterator[Results]:
+    """Measure the chosen contenders on the chosen models, and yield the results so far after each model."""
     subjects = [subject for subject in SUBJECTS if subject.name in options.models]
-    load, begin, device = os.getloadavg()[0], time.monotonic(), _device()
-    models = [
-        measure(
-            subject,
-            chosen(options.contenders, subject),
-            Budget(
-                rounds=options.idle_pairs if subject.fast else options.pairs,
-                seconds=60 * options.minutes * subject.share / sum(each.share for each in subjects),
-                memory=(options.memory or _memory_gib(device)) * 2**30,
-            ),
-            device=device,
-            say=lambda line: print(f"{(time.monotonic() - begin) / 60:5.1f} min  {line}", flush=True),
+    begin, device = time.monotonic(), _device()
+    results = Results(date.today().isoformat(), device, machine(device), versions(), 0.0, os.getloadavg()[0])
+    for subject in subjects:
+        budget = Budget(
+            rounds=options.idle_pairs if subject.fast else options.pairs,
+            seconds=60 * options.minutes * subject.share / sum(each.share for each in subjects),
+            memory=(options.memory or _memory_gib(device)) * 2**30,
         )
-        for subject in subjects
-    ]
-    minutes = (time.monotonic() - begin) / 60
-    return Results(date.today().isoformat(), device, machine(device), versions(), minutes, load, models)
+        try:
+            measured = measure(subject, chosen(options.contenders, subject), budget, device=device, say=partial(_say, begin))
+            results = replace(results, models=[*results.models, measured])
+        except Exception as error:
+            _say(begin, f"{subject.title}: {type(error).__name__}: {error}")
+            results = replace(results, failed={**results.failed, subject.title: f"{type(error).__name__}: {error}"})
+        results = replace(results, minutes=(time.monotonic() - begin) / 60)
+        yield results
+
+
+def _say(begin: float, line: str) -> None:
+    print(f"{(time.monotonic() - begin) / 60:5.1f} min  {line}", flush=True)
 
 
 def chosen(names: Sequence[str], subject: Subject) -> list[Contender]:
-    """Return the contenders asked for (all if none are named), those that need many pairs on models of short steps only."""
-    return [each for each in contenders() if (not names or each.name in names) and (subject.fast or not each.long)]
+    """Return the contenders asked for (all if none are named).
+
+    Those that need many pairs are for models of short steps only, and counterfactual passes for models that hear audio.
+    """
+    possible = [each for each in contenders() if (subject.fast or not each.long) and (subject.audio or each.name != "passes")]
+    return [each for each in possible if not names or each.name in names]
 
 
 def publish(results: Sequence[Results], docs: Path) -> None:

@@ -22,7 +22,8 @@ _METHOD = """\
 * Every contender has its own copy of the model with the same weights, its own `Trainer` (AdamW, no logs, no checkpoints), the same batches
   in the same order, and random generators of its own. Each `train()` runs in a greenlet that a callback halts at `on_step_begin`; what is
   timed is everything between two such halts: callbacks, forward, backward, clipping, optimizer, publication, the next batch. A test shows
-  that each contender's losses and weights are bit for bit those of the same training run alone.
+  that each contender's losses and weights are bit for bit those of the same training run alone. On a GPU a step is timed to the end of
+  its work.
 * Turns are in random order, at most three contenders to one plain step; the figure is the median of the paired ratios, and the interval the
   percentile bootstrap's over pairs. A row "every nth step" is the mean of its cycle: the sampled step, the step after it, which publishes
   the record, and the others, each kind by its median. Its interval is as good as its few sampled steps.
@@ -53,6 +54,7 @@ def page(results: Sequence[Results], *, others: Sequence[Sequence[Target]] = (),
         if index < len(plots):
             parts.append(f"![Step time of every contender, divided by the plain step's]({plots[index]})")
         parts += [model_section(model, run.device) for model in run.models]
+        parts += [f"{title} was not measured: {_cell(why)}" for title, why in run.failed.items()]
         parts.append(_itself(run))
     return "\n\n".join(part for part in [*parts, _METHOD] if part) + "\n"
 

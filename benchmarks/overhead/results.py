@@ -60,7 +60,7 @@ class ModelResult:
 
 @dataclass(frozen=True)
 class Results:
-    """A whole run, with the machine and the versions it holds for."""
+    """A whole run, with the machine and the versions it holds for; ``failed`` says why a model has no figures."""
 
     date: str
     device: str
@@ -69,10 +69,7 @@ class Results:
     minutes: float
     load: float
     models: list[ModelResult] = field(default_factory=list)
-
-    def row(self, model: str, contender: str) -> Row | None:
-        """Return a contender's row on a model if it has figures."""
-        return next((found.row(contender) for found in self.models if found.name == model), None)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def write(results: Results, path: Path) -> None:

@@ -41,6 +41,7 @@ class Subject:
         share: Its part of the time that the whole benchmark has.
         fast: Whether steps are short enough for rows that need hundreds of pairs.
         small: Whether it is of the size that the targets speak of.
+        audio: Whether it hears audio, so that counterfactual passes have something to change.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Subject:
     share: float
     fast: bool = False
     small: bool = False
+    audio: bool = True
 
     def batch_size(self, device: str) -> int:
         """Return the number of samples a step on ``"cpu"`` or ``"cuda"``."""
@@ -165,5 +167,5 @@ SUBJECTS = (
     Subject("base", "Whisper, base's shape", whisper(512, 6, 8), whisper_sample, (1, 16), 0.08),
     Subject("small", "Whisper, small's shape", whisper(768, 12, 12), whisper_sample, (1, 8), 0.15, small=True),
     Subject("qwen2_audio", "Qwen2-Audio's widths, 2 + 2 layers", qwen2_audio, qwen2_audio_sample, (1, 4), 0.11),
-    Subject("llama", "Llama, 4 layers of 768", llama, llama_sample, (2, 16), 0.06),
+    Subject("llama", "Llama, 4 layers of 768", llama, llama_sample, (2, 16), 0.06, audio=False),
 )
