@@ -34,22 +34,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="probe-units-") as folder:
         tempfile.tempdir = folder  # run folders and outputs of all measurements go with it
         try:
-            report = measure(device, options.only, quick=options.quick)
+            report = measure(device, options.only, quick=options.quick, output=output)
         finally:
             tempfile.tempdir = None
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     for one in report["targets"]:
         verdict = {True: "met", False: "MISSED", None: "not told here"}[one["met"]]
         print(f"{verdict}: {one['target']} ({one['bound']}): {one['measured']}{' -- ' + one['why'] if one['why'] else ''}")
     print(f"wrote {output}")
 
 
-def measure(device: torch.device, parts: list[str], *, quick: bool) -> dict[str, Any]:
-    """Run the parts and return what the file holds; a part that fails is named with its error, and the others go on."""
+def measure(device: torch.device, parts: list[str], *, quick: bool, output: Path) -> dict[str, Any]:
+    """Run the parts and return what the file holds; a part that fails is named with its error, and the others go on.
+
+    The file is written after each part, so that one that is stopped keeps what it has.
+    """
     chosen = QUICK_PARTS if quick else PARTS
     report: dict[str, Any] = {"machine": machine(device), "quick": quick, "rows": {}, "seconds": {}, "failed": {}, "targets": []}
+    output.parent.mkdir(parents=True, exist_ok=True)
     for name in parts:
+        _write(report, output)
         begin, busy = time.perf_counter(), time.process_time()
         try:
             found: Measured = chosen[name](device)
@@ -61,7 +64,12 @@ def measure(device: torch.device, parts: list[str], *, quick: bool) -> dict[str,
         report["targets"] += [asdict(target) for target in found.targets]
         report["seconds"][name] = round(time.perf_counter() - begin, 1)
         print(f"{name}: {report['seconds'][name]} s, {time.process_time() - busy:.0f} s of them at work on a core", flush=True)
+    _write(report, output)
     return report
+
+
+def _write(report: dict[str, Any], output: Path) -> None:
+    output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,9 +17,9 @@ from benchmarks.units.targets import Target
 from benchmarks.units.timing import Estimate, estimate, interleaved, ratio
 from benchmarks.units.training import quiet
 
-LAYERS = (2, 4, 8, 16, 32, 64)
-TOKENS = (256, 512, 1024, 2048, 4096)
-MICRO_BATCHES = (1, 2, 4, 8, 16)
+LAYERS = (2, 4, 8, 16, 32)
+TOKENS = (512, 1024, 2048, 4096)
+MICRO_BATCHES = (1, 2, 4, 8)
 EARLY, LATE, SPAN = 10, 2000, 100
 MOST_EXPONENT = 1.1
 
@@ -55,13 +55,13 @@ class Ageing:
     over_early: Estimate
 
 
-def over_sites(device: torch.device, *, layers: Sequence[int] = LAYERS, rounds: int = 12) -> Growth:
+def over_sites(device: torch.device, *, layers: Sequence[int] = LAYERS, rounds: int = 8) -> Growth:
     """Measure Llamas of tiny width with more and more layers: two sites a layer."""
     added = [_added(llama(vocabulary=256, rows=1, tokens=16, width=64, layers=n), device, rounds=rounds) for n in layers]
     return fit("sites", [n * 2 for n in layers], added)
 
 
-def over_bytes(device: torch.device, *, tokens: Sequence[int] = TOKENS, rounds: int = 10) -> Growth:
+def over_bytes(device: torch.device, *, tokens: Sequence[int] = TOKENS, rounds: int = 8) -> Growth:
     """Measure one chain of wide identities, fed more and more: only statistics look at it, and their cost is of its bytes."""
     added = []
     for count in tokens:
@@ -69,7 +69,7 @@ def over_bytes(device: torch.device, *, tokens: Sequence[int] = TOKENS, rounds: 
     return fit("KiB of an activation", [count * _WIDTH * 4 // 1024 for count in tokens], added)
 
 
-def over_micro_batches(device: torch.device, *, counts: Sequence[int] = MICRO_BATCHES, rounds: int = 10) -> Growth:
+def over_micro_batches(device: torch.device, *, counts: Sequence[int] = MICRO_BATCHES, rounds: int = 8) -> Growth:
     """Measure steps of more and more micro-batches."""
     load = llama(vocabulary=256, rows=1, tokens=16, width=64, layers=4)
     return fit("micro-batches", list(counts), [_added(load, device, rounds=rounds, micro_batches=count) for count in counts])
@@ -77,7 +77,7 @@ def over_micro_batches(device: torch.device, *, counts: Sequence[int] = MICRO_BA
 
 def along_a_run(device: torch.device, *, late: int = LATE, span: int = SPAN) -> Ageing:
     """Measure a long run of sampled steps: the same steps early and late, each made into a record and judged by all rules."""
-    model, batch = llama(vocabulary=256, rows=1, tokens=16, width=64, layers=2).make()
+    model, batch = llama(vocabulary=256, rows=1, tokens=16, width=64, layers=1).make()
     model.to(device)
     inputs = {key: tensor.to(device) for key, tensor in batch.items()}
     times: list[float] = []

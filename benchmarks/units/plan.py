@@ -96,12 +96,12 @@ _SMALL = llama(vocabulary=300, rows=1, tokens=32, width=64)
 PARTS: Mapping[str, Part] = {
     "memory": lambda device: _memory(device, loads=_GRID),
     "statistics": _statistics,
-    "attention": lambda device: _attention(device, cases=(("tiny", 1), ("tiny", 8), ("base", 4), ("small", 2)), rounds=7),
+    "attention": lambda device: _attention(device, cases=(("tiny", 1), ("tiny", 4), ("base", 1), ("small", 1)), rounds=5),
     "heads": _heads,
     "gradients": _gradients,
     "host": lambda device: _host(device, loads=(whisper("tiny", clips=1), _SMALL), rounds=60),
-    "growth": lambda device: _growth(device, few=False),
     "ranks": _ranks,
+    "growth": lambda device: _growth(device, few=False),
 }
 QUICK_PARTS: Mapping[str, Part] = {
     "memory": lambda device: _memory(device, loads=(_SMALL,)),
