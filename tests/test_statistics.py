@@ -16,7 +16,7 @@ from probe.measure.statistics import COLUMNS_MAXIMA, COLUMNS_SUMS, Moments, fini
 pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every transformers
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-OTHERS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64)
+OTHERS = (torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn)
 
 
 def measured(x: Tensor) -> Moments:
@@ -118,6 +118,15 @@ def test_strides_do_not_matter(layout: str) -> None:
     torch.manual_seed(5)
     x = LAYOUTS[layout](torch.randn(12, 11, 40))
     assert_exact(x, measured(x))
+
+
+def test_views_that_are_lazy() -> None:
+    """A conjugate and a negated view, which numpy does not take, give what their copies give."""
+    torch.manual_seed(13)
+    x = torch.randn(40, 30, dtype=torch.complex64)
+    assert_exact(x.conj().clone(), measured(x.conj()))
+    assert x.conj().imag.is_neg()
+    assert_exact(x.conj().imag.clone(), measured(x.conj().imag))
 
 
 @pytest.mark.parametrize("shape", [(0,), (3, 0, 5)])
@@ -237,6 +246,7 @@ def test_memory_is_bounded(mean: float) -> None:
     x = torch.full((9 * (1 << 20),), mean, dtype=torch.bfloat16)
     x[::2] += 1
     assert peak_mib(lambda: summarise(x)) < 16
+    assert peak_mib(lambda: summarise(x.view(-1, 256)[:, :-1])) < 16
     y = torch.full((1500, 25, 256), mean)
     y[:, ::2] += 1
     assert peak_mib(lambda: summarise(y)) < 16

@@ -69,7 +69,7 @@ def summarise(x: Tensor, *, fused: FusedStatistics | None = None) -> tuple[Tenso
         Float64 tensors of shapes (3,) and (2,) on the device of ``x``: zeros and -inf for an empty tensor. Not synced (a tensor on
         the CPU is read by the host, which is no sync). With NaN or Inf in ``x`` only the count means something.
     """
-    x = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach()
+    x = torch.view_as_real(x.detach().resolve_conj()) if x.is_complex() else x.detach().resolve_neg()
     if x.numel() == 0:
         wide = accumulator(x.device)
         return torch.zeros(3, dtype=wide, device=x.device), torch.full((2,), -math.inf, dtype=wide, device=x.device)
@@ -111,7 +111,8 @@ def _host_columns(x: Tensor) -> Tensor | None:
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return None
     own = x.dtype != torch.float32
-    limit = _AT_ONCE if not own and dense(x) is not None else per_chunk(4 if own else 8, _MIB - 1)
+    # Of a tensor that is not dense each piece is a copy, and the one before it may still be there.
+    limit = per_chunk(8, _MIB - 1) if dense(x) is None else per_chunk(4, _MIB - 1) if own else _AT_ONCE
     columns: list[tuple[float, float, float, float]] = []
     for piece in pieces(x, limit):
         found = _piece_columns(piece.float() if own else piece, own=own)
@@ -124,8 +125,9 @@ def _host_columns(x: Tensor) -> Tensor | None:
 
 def _numpy_columns(x: Tensor) -> Tensor:
     """Return the five columns of a tensor on the CPU that is small, or dense float64, in float64 throughout; without a torch thread."""
+    x = x.float() if x.is_floating_point() and x.itemsize <= 2 else x  # numpy knows neither bfloat16 nor float8
     flat = dense(x)
-    values = (x.float() if x.dtype == torch.bfloat16 else x if flat is None else flat).numpy().reshape(-1).astype(np.float64, copy=False)
+    values = (x if flat is None else flat).numpy().reshape(-1).astype(np.float64, copy=False)
     with np.errstate(all="ignore"):
         total = values.sum()
         nonfinite = 0 if math.isfinite(total) else values.size - np.count_nonzero(np.isfinite(values))
