@@ -273,6 +273,34 @@ def test_only_training_forwards_count() -> None:
     assert sum(rig.calls().values()) == 0
 
 
+def test_a_layer_called_beside_the_root_is_not_reported() -> None:
+    """Inside the window, but outside any forward of the root, a call does not count as the report of its site."""
+    rig = Rig("layers")
+    first, rig.model.layers = rig.model.layers[0], rig.model.layers[1:]
+    rig.buffer.open(1)
+    with rig.window.armed(rig.buffer, batch={}):
+        first(rig.called(torch.randn(2, 6, WIDTH).requires_grad_())["logits"] @ torch.ones(5, WIDTH))
+    assert rig.calls() == {"layers.0": 0, "layers.1": 1, "layers.2": 1, "head": 1}
+    assert "did not report" in rig.buffer.totals.reasons["site:layers.0"]
+    assert "site:layers.1" not in rig.buffer.totals.reasons
+
+
+def test_recompute_inside_the_forward_is_not_counted() -> None:
+    """A model that takes a gradient inside its forward recomputes checkpointed layers there, while the root's forward is open."""
+
+    def penalised(x: Tensor) -> dict[str, Tensor]:
+        y, _ = checkpoint(rig.model.layers[0], x, use_reentrant=True)
+        y.sum().backward()
+        return {"loss": rig.model.head(x * x.grad).sum()}
+
+    rig = Rig("layers")
+    rig.model.forward = penalised
+    rig.buffer.open(1)
+    with rig.window.armed(rig.buffer, batch={}), torch._dynamo.config.patch(error_on_recompile=False):
+        rig.called(torch.randn(2, 6, WIDTH).requires_grad_())
+    assert rig.calls() == {"layers.0": 1, "layers.1": 0, "layers.2": 0, "head": 1}
+
+
 def test_a_broken_graph_gets_no_graph_more() -> None:
     """Where the model breaks its graph, hooks run between the graphs; they are not compiled for their own sake."""
     plain = Rig("wrapper", observed=False, broken=True).train()
@@ -294,6 +322,20 @@ def test_a_model_that_was_called_before_is_named() -> None:
     assert "torch.compiler.reset()" in rig.said[0]
     for name in rig.names:
         assert "torch.compiler.reset()" in rig.buffer.totals.reasons[f"site:{name}"]
+
+
+def test_an_evaluation_before_training_is_no_harm() -> None:
+    """Code made for another mode is not that of training: what is made for training has the operator."""
+
+    def evaluate(called: nn.Module) -> None:
+        with torch.no_grad():
+            called.eval()(torch.randn(2, 6, WIDTH))
+        called.train()
+
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        rig = Rig("wrapper", before=evaluate).train()
+    assert rig.calls() == {"layers.0": 1, "layers.1": 1, "layers.2": 1, "head": 1}
+    assert rig.said == []
 
 
 def test_afterwards_the_model_is_as_before() -> None:
@@ -361,12 +403,13 @@ def test_copies_and_pickles_need_no_probe() -> None:
 def test_an_export_holds_no_operator() -> None:
     """A model that is exported or traced while it trains becomes what it would without the probe."""
     rig = Rig("wrapper")
-    module = rig.model.head
-    assert in_graph.SITE in module.__dict__
+    assert in_graph.SITE in rig.model.head.__dict__
+    module = nn.Sequential(rig.model.head)
     traced = torch.jit.trace(module, torch.randn(1, WIDTH))
     assert "observe" not in str(traced.inlined_graph)
-    exported = torch.export.export(module, (torch.randn(1, WIDTH),))
-    assert "observe" not in str(exported.graph)
+    for strict in (False, True):
+        exported = torch.export.export(module, (torch.randn(1, WIDTH),), strict=strict)
+        assert "observe" not in str(exported.graph)
 
 
 def test_cuda_graphs_are_refused() -> None:
