@@ -17,6 +17,7 @@ from transformers import Trainer, TrainerCallback, WhisperConfig, WhisperForCond
 
 pytest.importorskip("greenlet", reason="the benchmark's turns are greenlets")
 
+from benchmarks.overhead import __main__ as command
 from benchmarks.overhead import contenders as field
 from benchmarks.overhead.__main__ import chosen
 from benchmarks.overhead.competitors import COMPETITORS, ByHand, Companion
@@ -404,6 +405,21 @@ def test_results_are_read_as_written(tmp_path: Path) -> None:
     run = replace(results(row("idle", 1.0), Row("x", "y", "z", error="no")), failed={"a model": "no memory"})
     write(run, tmp_path / "folder" / "run.json")
     assert read(tmp_path / "folder" / "run.json") == run
+
+
+def test_the_command_writes_results_and_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results and page of what was measured lie there, and a model that fails is named and loses no other's figures."""
+
+    def unbuildable(attention: str) -> nn.Module:
+        raise MemoryError("too wide")
+
+    monkeypatch.setattr(command, "SUBJECTS", (QUIET, replace(QUIET, name="wide", title="a wide one", build=unbuildable)))
+    flags = ["--contenders", "idle", "--idle-pairs", "2", "--minutes", "0", "--memory", "1"]
+    command.main([*flags, "--results", str(tmp_path / "overhead-x-cpu.json"), "--docs", str(tmp_path)])
+    run = read(tmp_path / "overhead-x-cpu.json")
+    assert [model.name for model in run.models] == ["toy"] and run.failed == {"a wide one": "MemoryError: too wide"}
+    text = (tmp_path / "overhead.md").read_text(encoding="utf-8")
+    assert "a wide one was not measured: MemoryError: too wide" in text and "the probe, unsampled step" in text
 
 
 def test_the_plot_is_the_same_for_the_same_results(tmp_path: Path) -> None:
