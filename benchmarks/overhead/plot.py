@@ -17,7 +17,7 @@ def draw(results: Results, path: Path) -> None:
     import matplotlib as mpl  # an optional dependency
     from matplotlib.figure import Figure
 
-    names = {row.name: row.title.replace("`", "") for model in results.models for row in model.rows if row.ratio is not None}
+    names = {row.name: row.title.replace("`", "").partition(": ")[0] for model in results.models for row in model.rows if row.ratio is not None}
     keys = list(names)
     with mpl.rc_context({"svg.hashsalt": "probe", "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(9, 1.2 + 0.32 * len(keys)), layout="constrained")
@@ -44,7 +44,7 @@ def _dress(axes: object, titles: list[str]) -> None:
     axes.axvline(1.05, color=_INK, linewidth=1, linestyle=":")
     axes.set_yticks(range(len(titles)), titles)
     axes.invert_yaxis()
-    axes.set_xticks([tick for tick in (1, 1.05, 1.2, 1.5, 2, 3, 5, 10, 20, 50) if tick <= axes.get_xlim()[1] or tick <= 1.2])
+    axes.set_xticks([tick for tick in (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50) if tick <= axes.get_xlim()[1] or tick <= 1.2])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("step time ÷ plain step's (logarithmic; dotted: 1.05)", color=_INK)
@@ -52,4 +52,4 @@ def _dress(axes: object, titles: list[str]) -> None:
     axes.tick_params(colors=_INK, which="both")
     for spine in axes.spines.values():
         spine.set_visible(False)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.08 - 0.5 / len(titles)), ncols=3, frameon=False, labelcolor=_INK)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.3, -0.08 - 0.5 / len(titles)), ncols=2, frameon=False, labelcolor=_INK)
