@@ -17,7 +17,8 @@ def draw(results: Results, path: Path) -> None:
     import matplotlib as mpl  # an optional dependency
     from matplotlib.figure import Figure
 
-    names = {row.name: row.title.replace("`", "").partition(": ")[0] for model in results.models for row in model.rows if row.ratio is not None}
+    shown = [row for model in results.models for row in model.rows if row.ratio is not None]
+    names = {row.name: row.title.replace("`", "").partition(": ")[0] for row in shown}
     keys = list(names)
     with mpl.rc_context({"svg.hashsalt": "probe", "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(9, 1.2 + 0.32 * len(keys)), layout="constrained")

@@ -72,5 +72,5 @@ def sums_of(sampled: Tensor, numerators: Mapping[tuple[str, ...], Tensor], weigh
     missing = sampled.new_zeros(len(QUANTITIES) - sum(map(len, numerators)))
     means_Q = torch.cat([*(values.mean(0) for values in numerators.values()), missing])
     each_HQ = [values if values.shape[0] == heads else torch.zeros_like(values).expand(heads, -1) for values in numerators.values()]
-    per_head_QH = torch.cat([*each_HQ, missing.expand(heads, -1)], 1).T
+    per_head_QH = torch.cat([values.T for values in each_HQ] + [missing[:, None].expand(-1, heads)])
     return AttentionSums(torch.cat((sampled[None], means_Q, weights_Q, missing)), per_head_QH, headwise)

@@ -80,6 +80,7 @@ class AttentionWatcher(Watcher):
     """
 
     name = "attention"
+    on_host = frozenset({"enter"})
 
     def __init__(self, sites: Sequence[Site], breaker: Breaker, *, rows: int) -> None:
         """Watch the attention layers among the sites, about ``rows`` query rows a call; the breaker takes errors inside a tap."""
@@ -206,8 +207,9 @@ class AttentionWatcher(Watcher):
 def _add(site: Site, found: AttentionSums, buffer: StepBuffer) -> None:
     totals, name = buffer.totals, attention_cell(site.name)
     totals.add(name, sums=found.sums)
-    buffer.put(f"own:{name}", found.sums + totals.local.get(f"own:{name}", 0.0))
-    buffer.put(f"heads:{name}", found.per_head + totals.local.get(f"heads:{name}", 0.0))
+    for key, sums in ((f"own:{name}", found.sums), (f"heads:{name}", found.per_head)):
+        before = totals.local.get(key)
+        buffer.put(key, sums if before is None else sums + before)
     known = totals.facts.get(f"headwise:{name}", found.headwise)
     totals.tell(f"headwise:{name}", tuple(what for what in known if what in found.headwise))
 
