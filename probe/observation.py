@@ -20,22 +20,9 @@ from probe.capture.cells import Cell
 from probe.capture.hooks import HookSet
 from probe.capture.meter import Meter
 from probe.capture.observer import Observer, StepEnd
-from probe.capture.observers.activation_gradients import ActivationGradientWatcher
-from probe.capture.observers.adapters import AdapterWatcher
-from probe.capture.observers.attention import AttentionWatcher
-from probe.capture.observers.audio_checks import AudioChecker
-from probe.capture.observers.batch_checks import BatchChecker
-from probe.capture.observers.branches import BranchWatcher
-from probe.capture.observers.gradients import STILL_SCALED, GradientWatcher
-from probe.capture.observers.head_unseen import HeadEvaluator
-from probe.capture.observers.heads import HeadWatcher
-from probe.capture.observers.inputs import InputWatcher
-from probe.capture.observers.loss import LossWatcher
-from probe.capture.observers.modality import ModalityWatcher
+from probe.capture.observers.all import all_observers
+from probe.capture.observers.gradients import STILL_SCALED
 from probe.capture.observers.modes import ModeWatcher
-from probe.capture.observers.reference_gradient import ReferenceGradientWatcher
-from probe.capture.observers.statistics import StatisticsWatcher
-from probe.capture.observers.updates import UpdateWatcher
 from probe.capture.schedule import PassCadence
 from probe.capture.totals import Totals
 from probe.capture.window import Window
@@ -47,8 +34,7 @@ from probe.merge.layout import make_layout
 from probe.merge.packing import Transfer, pack
 from probe.merge.ranks import agree, here
 from probe.records import Site, StepRecord
-from probe.settings import Options, Settings
-from probe.sites.adapter_weights import adapter_outputs
+from probe.settings import Options
 from probe.sites.audio_inputs import first_encoder, log_mel_scale
 from probe.sites.choices import choices_below
 from probe.sites.discovery import Discovery, discover
@@ -109,7 +95,15 @@ class Observation:
         self._counterfactual = _counterfactual(model, self.discovery, around, options)
         self._modes = ModeWatcher()
         self._run = _context(model, self.discovery, options, processors, say)
-        found = _observers(model, self.discovery, keep, options.settings, self.breaker, self._run)
+        found = all_observers(
+            model,
+            self.discovery,
+            options.settings,
+            self.breaker,
+            keep=keep,
+            tokenizer=self._run.tokenizer,
+            log_mel_scale=self._run.log_mel_scale,
+        )
         self._observers = [*found, self._modes, self._counterfactual]
         self._parts = [*(observer.name for observer in self._observers), "packing"]
         step_cell = Cell("step", counts=("ranks", "micro_batches", *(f"failed:{part}" for part in self._parts)))
@@ -273,30 +267,6 @@ def _hooks(found: Discovery, sites: Mapping[str, Site], observers: Sequence[Obse
     """Return the hooks of the sites and of what is watched beside them; the latter's calls are captured by nobody."""
     beside = {name: Site(name, "custom", "watched, no site") for name in found.watched}
     return HookSet({**found.watched, **found.modules}, {**beside, **sites}, observers, breaker)
-
-
-def _observers(
-    model: nn.Module, found: Discovery, keep: Collection[str], settings: Settings, breaker: Breaker, run: RunContext
-) -> list[Observer]:
-    """Return all observers: the one list that a new concern is added to."""
-    sites = found.sites.sites
-    division = divide(model, sites)
-    return [
-        InputWatcher(found.facts, keep_text=settings.keep_text),
-        StatisticsWatcher(sites, keep=keep),
-        HeadWatcher(sites, found.facts, evaluator=HeadEvaluator(found.modules, found.feeders, found.facts), keep_text=settings.keep_text),
-        ModalityWatcher(sites, found.facts, mask_takers=found.mask_takers),
-        BatchChecker(sites, found.facts, run.tokenizer),
-        AudioChecker(sites, found.facts, found.modules, run.log_mel_scale),
-        AttentionWatcher(sites, breaker, rows=settings.attention_rows),
-        BranchWatcher(sites),
-        ActivationGradientWatcher(sites, breaker),
-        ReferenceGradientWatcher(found.entrance, sites, breaker),
-        GradientWatcher(division),
-        UpdateWatcher(division),
-        AdapterWatcher(adapter_outputs(model)),
-        LossWatcher(),
-    ]
 
 
 def _context(model: nn.Module, found: Discovery, options: Options, processors: Sequence[Any], say: Callable[[str], None]) -> RunContext:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.units import attention, gradients, growth, heads, host, memory, ranks, statistics
+from benchmarks.units import attention, compiled, gradients, growth, heads, host, memory, ranks, statistics
 from benchmarks.units.shapes import Workload, llama, qwen2_audio, whisper
 from benchmarks.units.targets import Target
 
@@ -70,6 +70,11 @@ def _growth(device: torch.device, *, few: bool) -> Measured:
     return Measured({"linear": _rows(found), "ageing": asdict(ageing)}, growth.targets(found, ageing))
 
 
+def _compiled(device: torch.device, **sizes: Any) -> Measured:
+    row = compiled.compiled_costs(device, **sizes)
+    return Measured(asdict(row), [compiled.target(row)])
+
+
 def _ranks(device: torch.device, **sizes: Any) -> Measured:
     worlds = sizes.pop("store_worlds", ranks.STORE_WORLDS)
     rows, store = ranks.reduce_costs(**sizes), ranks.store_costs(worlds=worlds)
@@ -101,6 +106,7 @@ PARTS: Mapping[str, Part] = {
     "gradients": _gradients,
     "host": lambda device: _host(device, loads=(whisper("tiny", clips=1), _SMALL), rounds=60),
     "ranks": _ranks,
+    "compiled": _compiled,
     "growth": lambda device: _growth(device, few=False),
 }
 QUICK_PARTS: Mapping[str, Part] = {
@@ -111,5 +117,6 @@ QUICK_PARTS: Mapping[str, Part] = {
     "gradients": lambda device: _gradients(device, tensors=(5, 20), rounds=3),
     "host": lambda device: _host(device, loads=(_SMALL,), rounds=5, sites=(1, 20)),
     "growth": lambda device: _growth(device, few=True),
+    "compiled": lambda device: _compiled(device, load=_SMALL, rounds=3, backend="aot_eager"),
     "ranks": lambda device: _ranks(device, worlds=(2,), columns=(6000,), rounds=5, store_worlds=(8, 64)),
 }
