@@ -53,7 +53,7 @@ def test_a_trainer_is_refused_with_the_way_out(model: nn.Module) -> None:
         ({"budget_mib": -1}, ValueError, "budget_mib=-1: expected a number of MiB above 0"),
         ({"budget_mib": float("nan")}, ValueError, "budget_mib=nan"),
         ({"budget_mib": "64"}, TypeError, "got str"),
-        ({"compile": "eager"}, ValueError, "compile='eager': expected one of 'window', 'off'"),
+        ({"compile": "eager"}, ValueError, "compile='eager': expected one of 'window', 'in_graph', 'off'"),
         ({"keep": "audio_encoder"}, TypeError, "expected a collection"),
         ({"keep": {3}}, TypeError, "expected a collection"),
         ({"sites": "model.encoder"}, ValueError, "{'audio_encoder': 'model.encoder'}"),

@@ -15,6 +15,7 @@ from probe.assemble.loss_audit import LOGGED, RATIO, loss_audit
 from probe.assemble.text import Decoder
 from probe.capture.breaker import Breaker
 from probe.capture.cells import CellValues
+from probe.capture.meter import Meter
 from probe.capture.microbatch import MicroBatch
 from probe.capture.observers.head_cells import HEAD_COLUMNS, audit_cell, head_cell
 from probe.capture.observers.loss import CELL, OUTPUT_CELL
@@ -291,7 +292,7 @@ def test_only_the_log_of_the_same_step_counts(logged: tuple[int, float] | None, 
         given.append(logged)
         return replace(speech_record(), step=measured.step)
 
-    observation = SimpleNamespace(breaker=Breaker(print), record=record)
+    observation = SimpleNamespace(breaker=Breaker(print), record=record, meter=Meter())
     publisher = Publisher(
         observation,
         diagnosis=Diagnosis(observation.breaker),
@@ -300,6 +301,6 @@ def test_only_the_log_of_the_same_step_counts(logged: tuple[int, float] | None, 
         sections=lambda step: (),
         keep=lambda made, seen: None,
     )
-    publisher.expect(SimpleNamespace(step=3, forwards=1, kept={}))
+    publisher.expect(SimpleNamespace(step=3, forwards=1, kept={}, transfer=SimpleNamespace(wait=lambda: None)))
     publisher.publish(logged=logged)
     assert given == [told]

@@ -69,13 +69,13 @@ class Asker(Watcher):
 def ask(case: Case, monkeypatch: pytest.MonkeyPatch, **arguments: Any) -> tuple[list[Asked], tuple[StepRecord, ...], Discovery]:
     """Train a case for two steps of three samples with an asker behind the other observers."""
     made: list[Asker] = []
-    observers = probe.observation._observers
+    observers = probe.observation.all_observers
 
-    def with_asker(model: nn.Module, found: Discovery, *rest: Any) -> list[Any]:
+    def with_asker(model: nn.Module, found: Discovery, *rest: Any, **named: Any) -> list[Any]:
         made.append(Asker(found.sites.sites))
-        return [*observers(model, found, *rest), made[-1]]
+        return [*observers(model, found, *rest, **named), made[-1]]
 
-    monkeypatch.setattr(probe.observation, "_observers", with_asker)
+    monkeypatch.setattr(probe.observation, "all_observers", with_asker)
     result, records = observed_run(case, max_steps=2, samples=6, per_device_train_batch_size=3, **arguments)
     return made[-1].asked, records, discover(result.model)
 

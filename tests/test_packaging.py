@@ -109,6 +109,6 @@ def test_the_tested_versions_are_allowed(line: str) -> None:
                 pin = Requirement(row)
                 pins.setdefault(pin.name, []).append(str(pin.specifier).removeprefix("=="))
     for requirement in map(Requirement, wanted):
-        if requirement.name != "trainer-probe":
+        if requirement.name not in ("trainer-probe", "triton"):  # torch built for CUDA asks for a Triton of its own
             assert requirement.name in pins, f"{requirement.name} is not pinned"
             assert all(requirement.specifier.contains(pin) for pin in pins[requirement.name]), f"{requirement} against {pins}"

@@ -49,6 +49,10 @@ def run(options: argparse.Namespace) -> Iterator[Results]:
     subjects = [subject for subject in SUBJECTS if subject.name in options.models]
     begin, device = time.monotonic(), _device()
     results = Results(date.today().isoformat(), device, machine(device), versions(), 0.0, os.getloadavg()[0])
+    if options.add is not None:
+        before = read(options.add)
+        others = [model for model in before.models if model.name not in options.models]
+        results = replace(results, models=others, failed=before.failed)
     for subject in subjects:
         budget = Budget(
             rounds=options.idle_pairs if subject.fast else options.pairs,
@@ -162,6 +166,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=18, help="time that the pairs of all models have together")
     parser.add_argument("--memory", type=float, default=None, help="GiB for the copies of a model (default: what is free, less a reserve)")
     parser.add_argument("--results", type=Path, default=None, help="the file to write (default: by date and device in benchmarks/results)")
+    parser.add_argument("--add", type=Path, default=None, help="results of other models of the same day and machine to stand beside these")
     parser.add_argument("--docs", type=Path, default=DOCS, help="the folder of page and plot")
     parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page of the results that are there")
     return parser.parse_args(arguments)

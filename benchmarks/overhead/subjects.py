@@ -163,9 +163,9 @@ def llama_sample(generator: torch.Generator) -> Sample:
 
 
 SUBJECTS = (
-    Subject("tiny", "Whisper, tiny's shape", whisper(384, 4, 6), whisper_sample, (2, 16), 0.6, fast=True),
+    Subject("tiny", "Whisper, tiny's shape", whisper(384, 4, 6), whisper_sample, (1, 16), 0.25),
     Subject("base", "Whisper, base's shape", whisper(512, 6, 8), whisper_sample, (1, 16), 0.08),
     Subject("small", "Whisper, small's shape", whisper(768, 12, 12), whisper_sample, (1, 8), 0.15, small=True),
     Subject("qwen2_audio", "Qwen2-Audio's widths, 2 + 2 layers", qwen2_audio, qwen2_audio_sample, (1, 4), 0.11),
-    Subject("llama", "Llama, 4 layers of 768", llama, llama_sample, (2, 16), 0.06, audio=False),
+    Subject("llama", "Llama, 4 layers of 768", llama, llama_sample, (1, 16), 0.41, fast=True, audio=False),
 )

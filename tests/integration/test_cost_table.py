@@ -41,7 +41,7 @@ BOUNDS = {
     "activation_gradients": 34,  # 33: one norm a site, and as many again at the step's end
     "modality": 15,  # 14
     "loss": 27,  # 26
-    "packing": 28,  # 27
+    "packing": 4,  # 3: two vectors and the small tensors of this rank
 }
 SYNCS = (
     "_local_scalar_dense",
