@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -40,6 +41,8 @@ def _fresh() -> Any:
     for attached in REGISTRY.all():
         attached.detach()
     torch._dynamo.reset()
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_DYNAMO_")]:
+        del os.environ[name]  # transformers 4 leaves it to accelerate there, and later Trainers would compile their models, too
 
 
 def graphs() -> int:
