@@ -26,7 +26,7 @@ class RowMasks:
     """What hides keys from some rows, of one head or the same for all; bias that differs between layers is not in it.
 
     Attributes:
-        added: float32 (b, m, r, K), added to the scores: what the mask adds, ``HIDDEN`` and below for a hidden key; ``None`` for nothing.
+        added: float32 (b, m, r, K), added to the scores: what the mask adds, ``HIDDEN`` for a hidden key; ``None`` for nothing.
         blind: bool (b, m, r): rows that see no key; ``None`` if all see one.
         visible: bool (b, m, r, K): keys that the row may see; ``None`` for all.
     """

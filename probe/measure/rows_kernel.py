@@ -26,7 +26,9 @@ def _scores(
 ):  # fmt: skip
     """Return the scores of some rows with some keys, float32 (R, K); far below any score where there is no key."""
     k_DK = tl.load(
-        k_ptr + key_K[None, :] * k_key + wide_D[:, None] * k_wide, mask=(key_K[None, :] < keys) & (wide_D[:, None] < width), other=0.0
+        k_ptr + key_K[None, :].to(tl.int64) * k_key + wide_D[:, None] * k_wide,  # a long sequence's keys leave 32 bits
+        mask=(key_K[None, :] < keys) & (wide_D[:, None] < width),
+        other=0.0,
     )
     scores_RK = tl.dot(q_RD, k_DK.to(tl.float32), input_precision="ieee") * scale
     if SOFTCAP:

@@ -25,18 +25,6 @@ from watching import attacher, observed_run
 
 CASES = [pytest.param(case, id=case.name) for case in models.available_cases()]
 SEED = 3
-# Operators that make the host wait for the device, or whose result has a size that only the device knows.
-_SYNCS = (
-    "_local_scalar_dense",
-    "nonzero",
-    "is_nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "equal",
-    "bincount",
-)
 # Methods of tensors by which Python reads their values.
 _READS = ("item", "tolist", "numpy", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__", "nonzero", "is_nonzero", "equal")
 
@@ -147,8 +135,8 @@ def test_sampled_steps_add_no_synchronisation(case: Case, variant: str) -> None:
     """A sampled step dispatches as many operators that would make the host wait for the device as the same step without the probe."""
     plain = operators_by_step(case, None, max_steps=2, **VARIANTS[variant])
     watched = operators_by_step(case, attacher(every=1, keep={"audio_encoder"}), max_steps=2, **VARIANTS[variant])
-    extra = Counter(name for step in watched.steps for name in step if name in _SYNCS)
-    extra.subtract(name for step in plain.steps for name in step if name in _SYNCS)
+    extra = Counter(name for step in watched.steps for name in step if name in costs.SYNCS)
+    extra.subtract(name for step in plain.steps for name in step if name in costs.SYNCS)
     assert {name: count for name, count in extra.items() if count} == {}
 
 

@@ -43,17 +43,6 @@ BOUNDS = {
     "loss": 27,  # 26
     "packing": 4,  # 3: two vectors and the small tensors of this rank
 }
-SYNCS = (
-    "_local_scalar_dense",
-    "nonzero",
-    "is_nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "equal",
-    "bincount",
-)
 PROBE = str(Path(probe.__file__).parent)
 
 
@@ -70,7 +59,7 @@ class ByPart(TorchDispatchMode):
         if self.meter._open:
             part = self.meter._open[-1].part
             self.launched[part] += costs.launches(func)
-            self.waits[part] += func.overloadpacket.__name__ in SYNCS
+            self.waits[part] += func.overloadpacket.__name__ in costs.SYNCS
         return func(*args, **(kwargs or {}))
 
 
