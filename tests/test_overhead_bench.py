@@ -23,9 +23,10 @@ from benchmarks.overhead.__main__ import chosen
 from benchmarks.overhead.competitors import COMPETITORS, ByHand, Companion
 from benchmarks.overhead.contenders import Contender, Watched, contenders, plain
 from benchmarks.overhead.counting import count, peak_mib
-from benchmarks.overhead.entry import SEED, Entry, Setting, arguments
+from benchmarks.overhead.entry import SEED, Entry, Setting, arguments, parameters_of
 from benchmarks.overhead.lockstep import UnbalancedError
 from benchmarks.overhead.measuring import Budget, groups, measure
+from benchmarks.overhead.pace import Pace
 from benchmarks.overhead.page import page, target_table
 from benchmarks.overhead.pairing import least_pairs
 from benchmarks.overhead.ratios import Pair, Ratio, cycle_ratio, median_ratio
@@ -68,7 +69,7 @@ def sample(generator: torch.Generator) -> dict[str, Tensor]:
     return {"input_features": torch.randn(8, 40, generator=generator), "labels": torch.randint(2, 60, (6,), generator=generator)}
 
 
-SUBJECT = Subject("toy", "a toy", build, sample, (2, 2), 1.0, fast=True, small=True)
+SUBJECT = Subject("toy", "a toy", build, sample, (2, 2), 1.0, Pace.SHORT, small=True)
 QUIET = replace(SUBJECT, build=partial(build, random=False))
 TURNS: list[str] = []
 
@@ -234,7 +235,7 @@ def test_a_model_is_measured() -> None:
     asked = [BY_NAME[name] for name in ("idle", "sampled", "only statistics", "only attention rows", "every-10", "returned", "by-hand")]
     failing = [Contender("broken", "broken", "", broken), Contender("breaking", "breaking", "", Breaking, often=1.0)]
     said: list[str] = []
-    found = measure(QUIET, [*asked, *failing], Budget(rounds=3, seconds=0, memory=1e9), device="cpu", say=said.append)
+    [found] = measure(QUIET, [*asked, *failing], Budget(rounds=3, seconds=0, memory=1e9), device="cpu", say=said.append)
     rows = {row.name: row for row in found.rows}
     assert [row.name for row in found.rows] == [contender.name for contender in [*asked, *failing]]
     assert rows["broken"].error == "ImportError: no module of that name"
@@ -249,6 +250,15 @@ def test_a_model_is_measured() -> None:
     assert found.kernels > 100 and found.peak_mib > 0.01 and found.sites > 4 and found.batch == "(2, 8, 40) and (2, 6)"
     assert found.own_pct is not None and 0 < found.own_pct < 100 and found.own_records == 4
     assert len(said) == 1
+
+
+def test_every_group_is_handed_over_when_it_is_measured() -> None:
+    """A run that is ended early has the rows it got to; what the plain step does is counted once."""
+    few = Budget(rounds=1, seconds=0, memory=2 * 12 * parameters_of(QUIET))
+    first, second = measure(QUIET, [BY_NAME["idle"], BY_NAME["by-hand"]], few, device="cpu", say=lambda line: None)
+    assert [row.name for row in first.rows] == ["idle"] and [row.name for row in second.rows] == ["idle", "by-hand"]
+    assert all(row.ratio is not None for row in second.rows)
+    assert (first.kernels, first.peak_mib) == (second.kernels, second.peak_mib)
 
 
 def test_counts_of_a_step() -> None:
@@ -305,14 +315,15 @@ def test_groups_fit_and_keep_apart() -> None:
 
 
 def test_idle_steps_have_the_pairs_they_need() -> None:
-    """By default at least 200 pairs of idle steps on a model of short steps; the long rows are on such models only."""
+    """By default at least 200 pairs of idle steps on a model of short steps; the longer the steps, the fewer the rows."""
     assert least_pairs(BY_NAME["idle"], 200) == 200
     assert least_pairs(BY_NAME["every-100"], 200) > 100  # at least one whole cycle
     assert least_pairs(BY_NAME["returned"], 10) == 3
     assert {each.name for each in chosen([], SUBJECT)} == set(BY_NAME) - {"plain"}
-    slow = {each.name for each in chosen([], replace(SUBJECT, fast=False))}
+    middling, slow = ({each.name for each in chosen([], replace(SUBJECT, pace=pace))} for pace in (Pace.MIDDLING, Pace.LONG))
     assert {each.name for each in chosen(["idle", "passes"], replace(SUBJECT, audio=False))} == {"idle"}
-    assert {"idle", "sampled", "passes", *OPTIONAL} <= slow and not slow & {"again", "every-100", "only statistics"}
+    assert {"idle", "sampled", "only statistics", *OPTIONAL} <= middling and not middling & {"again", "every-100"}
+    assert slow == {"idle", "sampled", "passes", "returned", "by-hand"}
 
 
 def test_every_observer_is_in_one_feature() -> None:

@@ -21,6 +21,7 @@ import transformers
 import probe
 from benchmarks.overhead.contenders import Contender, contenders
 from benchmarks.overhead.measuring import Budget, measure
+from benchmarks.overhead.pace import Pace
 from benchmarks.overhead.page import page
 from benchmarks.overhead.results import Results, read, write
 from benchmarks.overhead.subjects import SUBJECTS, Subject
@@ -39,46 +40,51 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.page_only:
         transformers.logging.set_verbosity_error()
         for results in run(options):
-            write(results, found)  # after each model, so that what is measured is not lost with what is not
+            write(results, found)  # after each group, so that what is measured is not lost with what is not
         print(f"wrote {found}")
     publish([read(path) for path in latest(found)], options.docs)
 
 
 def run(options: argparse.Namespace) -> Iterator[Results]:
-    """Measure the chosen contenders on the chosen models, and yield the results so far after each model."""
+    """Measure the chosen contenders on the chosen models, and yield the results so far after each group of contenders."""
     subjects = [subject for subject in SUBJECTS if subject.name in options.models]
     begin, device = time.monotonic(), _device()
     results = Results(date.today().isoformat(), device, machine(device), versions(), 0.0, os.getloadavg()[0])
     if options.add is not None:
-        before = read(options.add)
-        others = [model for model in before.models if model.name not in options.models]
-        results = replace(results, models=others, failed=before.failed)
+        added = read(options.add)
+        others = [model for model in added.models if model.name not in options.models]
+        results = replace(results, models=others, failed=added.failed)
     for subject in subjects:
         budget = Budget(
-            rounds=options.idle_pairs if subject.fast else options.pairs,
+            rounds=options.idle_pairs if subject.pace == Pace.SHORT else options.pairs,
             seconds=60 * options.minutes * subject.share / sum(each.share for each in subjects),
             memory=(options.memory or _memory_gib(device)) * 2**30,
         )
         try:
-            measured = measure(subject, chosen(options.contenders, subject), budget, device=device, say=partial(_say, begin))
-            results = replace(results, models=[*results.models, measured])
+            before = results.models
+            for measured in measure(subject, chosen(options.contenders, subject), budget, device=device, say=partial(_say, begin)):
+                results = replace(results, models=[*before, measured], minutes=_minutes(begin))
+                yield results
         except Exception as error:
             _say(begin, f"{subject.title}: {type(error).__name__}: {error}")
             results = replace(results, failed={**results.failed, subject.title: f"{type(error).__name__}: {error}"})
-        results = replace(results, minutes=(time.monotonic() - begin) / 60)
-        yield results
+            yield replace(results, minutes=_minutes(begin))
 
 
 def _say(begin: float, line: str) -> None:
-    print(f"{(time.monotonic() - begin) / 60:5.1f} min  {line}", flush=True)
+    print(f"{_minutes(begin):5.1f} min  {line}", flush=True)
+
+
+def _minutes(begin: float) -> float:
+    return (time.monotonic() - begin) / 60
 
 
 def chosen(names: Sequence[str], subject: Subject) -> list[Contender]:
     """Return the contenders asked for (all if none are named).
 
-    Those that need many pairs are for models of short steps only, and counterfactual passes for models that hear audio.
+    Beside long steps some are left out, and counterfactual passes with models that hear no audio.
     """
-    possible = [each for each in contenders() if (subject.fast or not each.long) and (subject.audio or each.name != "passes")]
+    possible = [each for each in contenders() if subject.pace <= each.at and (subject.audio or each.name != "passes")]
     return [each for each in possible if not names or each.name in names]
 
 

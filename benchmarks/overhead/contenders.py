@@ -13,6 +13,7 @@ from torch import nn
 
 import probe
 from benchmarks.overhead.competitors import COMPETITORS, Companion
+from benchmarks.overhead.pace import Pace
 
 NEVER = 10**9
 FEATURES = {
@@ -37,7 +38,7 @@ class Contender:
         often: In which part of the rounds it takes part, above 0 and at most 1.
         most: Pairs beyond which no more are asked for, where there are hundreds of rounds.
         apart: Whether it changes the process round it, so that it is measured after all others, against a plain Trainer of its own.
-        long: Whether it needs many pairs, so that it is measured where steps are short only.
+        at: The longest steps it is measured at: beside longer ones it would take too long.
         every: The cadence whose cycle its figure is the mean of; 0: the figure is the median over all its steps.
     """
 
@@ -49,7 +50,7 @@ class Contender:
     often: float = 0.3
     most: int = 8
     apart: bool = False
-    long: bool = False
+    at: Pace = Pace.LONG
     every: int = 0
 
 
@@ -105,17 +106,17 @@ def contenders() -> list[Contender]:
     mine = "the probe, "
     everything = "every number of the metrics page"
     found = [
-        Contender("again", "plain Trainer, a second copy", "the noise of the comparison", Companion, often=1.0, most=60, long=True),
+        Contender("again", "plain Trainer, a second copy", "the noise of the comparison", Companion, at=Pace.SHORT, most=60),
         Contender("idle", f"{mine}unsampled step", "", lambda: Watched(every=NEVER), often=1.0, most=NEVER),
-        Contender("sampled", f"{mine}sampled step, everything on", everything, lambda: Watched(every=1), often=1.0, most=60),
+        Contender("sampled", f"{mine}sampled step, everything on", everything, lambda: Watched(every=1), often=1.0, most=40),
         Contender("passes", f"{mine}sampled step with counterfactual passes", everything, lambda: Watched(every=1, passes=1)),
     ]
     for every, most in ((10, 44), (100, 104)):
         title = f"{mine}every {every}th step"
         found.append(
-            Contender(f"every-{every}", title, everything, partial(Watched, every=every), often=1.0, most=most, long=True, every=every)
+            Contender(f"every-{every}", title, everything, partial(Watched, every=every), often=1.0, most=most, at=Pace.SHORT, every=every)
         )
     for feature, parts in FEATURES.items():
         title = f"{mine}sampled step, {feature} only"
-        found.append(Contender(f"only {feature}", title, feature, partial(Watched, every=1, only=parts), long=True))
+        found.append(Contender(f"only {feature}", title, feature, partial(Watched, every=1, only=parts), at=Pace.MIDDLING))
     return [*found, *(Contender(**row) for row in COMPETITORS)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,8 +50,8 @@ class Found:
 
 def measure(
     subject: Subject, chosen: Sequence[Contender], budget: Budget, *, device: str, say: Say = print, mixin: Mixin = None
-) -> ModelResult:
-    """Measure contenders on one model.
+) -> Iterator[ModelResult]:
+    """Measure contenders on one model, and yield after each group of them what has been measured so far.
 
     Args:
         subject: The model.
@@ -62,26 +62,31 @@ def measure(
         mixin: See :class:`Setting`.
     """
     setting, found = Setting(subject, device, mixin), Found()
-    parameters = parameters_of(subject)
-    grouped = groups(chosen, at_most=max(1, int(budget.memory / copy_bytes(parameters)) - 1))
+    grouped = groups(chosen, at_most=max(1, int(budget.memory / copy_bytes(parameters_of(subject))) - 1))
     work = [sum(least_pairs(contender, budget.rounds) for contender in group) for group in grouped]
+    done: list[Contender] = []
     for group, part in zip(grouped, work, strict=True):
         say(f"{subject.title}: {', '.join(contender.name for contender in group)}")
         _measure_group(group, setting, Plan(budget.rounds, budget.seconds * part / sum(work)), found)
-    reference, steps = found.counts["plain"], found.plain_seconds
+        done += group
+        yield _result(setting, found, [contender for contender in chosen if contender in done])
+
+
+def _result(setting: Setting, found: Found, done: Sequence[Contender]) -> ModelResult:
+    subject, reference, steps = setting.subject, found.counts["plain"], found.plain_seconds
     return ModelResult(
         name=subject.name,
         title=subject.title,
         batch=found.batch,
-        parameters=parameters,
-        precision="float32" if device == "cpu" else "bfloat16 autocast",
+        parameters=parameters_of(subject),
+        precision="float32" if setting.device == "cpu" else "bfloat16 autocast",
         sites=found.sites,
         plain_ms=1e3 * statistics.median(steps) if steps else math.nan,
         kernels=reference.kernels,
         views=reference.views,
         syncs=reference.syncs,
         peak_mib=found.peaks["plain"],
-        rows=[_row(contender, found) for contender in chosen],
+        rows=[_row(contender, found) for contender in done],
         own_pct=statistics.mean(found.own) if found.own else None,
         own_records=len(found.own),
         small=subject.small,
@@ -131,13 +136,12 @@ def _measure_group(group: Sequence[Contender], setting: Setting, plan: Plan, fou
 
 
 def _count(entry: Entry, found: Found) -> None:
-    """Warm up, count one step, and weigh another."""
+    """Warm up, and where it has not been done yet, count one step and weigh another."""
     name = entry.contender.name
     for _ in range(entry.companion.warm_up):
         entry.turn()
-    counts, peak = entry.turn(count), entry.turn(peak_mib)
-    found.counts.setdefault(name, counts)
-    found.peaks.setdefault(name, peak)
+    if name not in found.counts:
+        found.counts[name], found.peaks[name] = entry.turn(count), entry.turn(peak_mib)
 
 
 def _look(base: Entry, setting: Setting, found: Found) -> None:

@@ -19,6 +19,8 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+from benchmarks.overhead.pace import Pace
+
 Sample = dict[str, Tensor]
 DISTINCT = 8
 _ENDLESS = 1 << 20
@@ -39,7 +41,7 @@ class Subject:
         sample: Makes one sample from a generator.
         batch: Samples a step on a CPU, and on a GPU.
         share: Its part of the time that the whole benchmark has.
-        fast: Whether steps are short enough for rows that need hundreds of pairs.
+        pace: How long its steps are.
         small: Whether it is of the size that the targets speak of.
         audio: Whether it hears audio, so that counterfactual passes have something to change.
     """
@@ -50,7 +52,7 @@ class Subject:
     sample: Callable[[torch.Generator], Sample]
     batch: tuple[int, int]
     share: float
-    fast: bool = False
+    pace: Pace = Pace.LONG
     small: bool = False
     audio: bool = True
 
@@ -163,9 +165,9 @@ def llama_sample(generator: torch.Generator) -> Sample:
 
 
 SUBJECTS = (
-    Subject("tiny", "Whisper, tiny's shape", whisper(384, 4, 6), whisper_sample, (1, 16), 0.25),
+    Subject("tiny", "Whisper, tiny's shape", whisper(384, 4, 6), whisper_sample, (1, 16), 0.25, Pace.MIDDLING),
     Subject("base", "Whisper, base's shape", whisper(512, 6, 8), whisper_sample, (1, 16), 0.08),
     Subject("small", "Whisper, small's shape", whisper(768, 12, 12), whisper_sample, (1, 8), 0.15, small=True),
     Subject("qwen2_audio", "Qwen2-Audio's widths, 2 + 2 layers", qwen2_audio, qwen2_audio_sample, (1, 4), 0.11),
-    Subject("llama", "Llama, 4 layers of 768", llama, llama_sample, (1, 16), 0.41, fast=True, audio=False),
+    Subject("llama", "Llama, 4 layers of 768", llama, llama_sample, (1, 16), 0.41, Pace.SHORT, audio=False),
 )

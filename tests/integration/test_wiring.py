@@ -35,11 +35,16 @@ TITLES = ("Input", "Output", "Shared attention", "Zero-shot verification")
 @pytest.fixture(autouse=True)
 def _nothing_left() -> Any:
     """Every test ends with no probe and nothing patched, once its objects are gone."""
+    _detach_all()  # the models of a file before may not have been collected yet
     original = CallbackHandler.__dict__["on_train_begin"]
     yield
+    _detach_all()
+    assert CallbackHandler.__dict__["on_train_begin"] is original
+
+
+def _detach_all() -> None:
     for attached in REGISTRY.all():
         attached.detach()
-    assert CallbackHandler.__dict__["on_train_begin"] is original
 
 
 def hooks_of(model: nn.Module) -> int:
