@@ -10,7 +10,7 @@ import torch
 from benchmarks.gpu import collect, verdicts
 from benchmarks.gpu.trace import Span, copies_to_host, kernels, launched, longest_gap_us, spans, waits
 from benchmarks.gpu.verdicts import PART, STEP, Trace, judge
-from benchmarks.units.shapes import llama
+from benchmarks.units.workloads import llama
 
 TO_PINNED = "Memcpy DtoH (Device -> Pinned)"
 TO_PAGEABLE = "Memcpy DtoH (Device -> Pageable)"

@@ -23,8 +23,8 @@ from benchmarks.units import __main__ as units
 from benchmarks.units import attention, gradients, growth, heads, host, memory, ranks, statistics
 from benchmarks.units.parts import Stopwatch
 from benchmarks.units.plan import PARTS, QUICK_PARTS
-from benchmarks.units.shapes import Workload, llama
 from benchmarks.units.timing import Estimate, difference, estimate, interleaved, ratio
+from benchmarks.units.workloads import Workload, llama
 
 CPU = torch.device("cpu")
 MIB = 1 << 20

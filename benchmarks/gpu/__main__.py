@@ -16,9 +16,9 @@ import torch
 from benchmarks.gpu.collect import JUDGED, strict, trace, warned
 from benchmarks.gpu.verdicts import judge
 from benchmarks.units.machine import machine, short
-from benchmarks.units.shapes import Workload, whisper
 from benchmarks.units.statistics import bandwidths, target
 from benchmarks.units.targets import Target
+from benchmarks.units.workloads import Workload, whisper
 
 RESULTS = Path(__file__).parents[1] / "results"
 

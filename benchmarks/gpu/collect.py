@@ -19,8 +19,8 @@ import probe
 from benchmarks.gpu.verdicts import STEP, Trace
 from benchmarks.units.memory import marked
 from benchmarks.units.parts import watched
-from benchmarks.units.shapes import Workload
 from benchmarks.units.training import quiet, trainer
+from benchmarks.units.workloads import Workload
 
 EVERY, JUDGED, STEPS = 3, 6, 8
 """Steps 1, 3, 6 are sampled; step 6 is judged, when everything is warm; its record is published in step 7."""

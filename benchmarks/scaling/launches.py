@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 
 import probe
-from benchmarks.units.shapes import llama
 from benchmarks.units.training import quiet, trainer
+from benchmarks.units.workloads import llama
 from costs import kernels
 
 LAYERS = (4, 12)

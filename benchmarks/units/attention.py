@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 import probe
+from benchmarks.shapes import WHISPER
 from benchmarks.units.memory import PartPeaks, curve, marked
 from benchmarks.units.parts import Stopwatch, watched
-from benchmarks.units.shapes import WHISPER, whisper
 from benchmarks.units.targets import Target
 from benchmarks.units.timing import Estimate, now, ratio
 from benchmarks.units.training import quiet
+from benchmarks.units.workloads import whisper
 
 ROWS, KEYS, LAYERS = 64, 1500, 4
 SHARE, MEMORY_SHARE = 0.05, 1 / 20

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 
 import probe
-from benchmarks.units.shapes import Workload, llama
 from benchmarks.units.targets import Target
 from benchmarks.units.timing import Estimate, difference, interleaved, ratio
 from benchmarks.units.training import quiet
+from benchmarks.units.workloads import Workload, llama
 
 NEVER = 10**9
 LOAD = llama(vocabulary=8_000, rows=2, tokens=256, width=512, layers=4)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import probe
-from benchmarks.units.shapes import Workload, llama
 from benchmarks.units.targets import Target
 from benchmarks.units.timing import Estimate, estimate, interleaved, ratio
 from benchmarks.units.training import quiet
+from benchmarks.units.workloads import Workload, llama
 
 LAYERS = (2, 4, 8, 16, 32)
 TOKENS = (512, 1024, 2048, 4096)

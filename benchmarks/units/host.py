@@ -15,10 +15,10 @@ from transformers import Trainer, TrainerCallback
 
 import probe
 from benchmarks.scaling.layouts import Columns, columns
-from benchmarks.units.shapes import Workload
 from benchmarks.units.targets import Target
 from benchmarks.units.timing import Estimate, difference, interleaved
 from benchmarks.units.training import quiet, trainer
+from benchmarks.units.workloads import Workload
 
 SITES = (1, 10, 100, 1000)
 NEVER = 10**9

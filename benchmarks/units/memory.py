@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import probe
 from benchmarks.units.parts import watched
-from benchmarks.units.shapes import Workload
 from benchmarks.units.targets import Target
 from benchmarks.units.training import quiet, trainer
+from benchmarks.units.workloads import Workload
 
 MIB = 1 << 20
 STEPS = 2

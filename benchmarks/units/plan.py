@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from benchmarks.units import attention, compiled, gradients, growth, heads, host, memory, ranks, statistics
-from benchmarks.units.shapes import Workload, llama, qwen2_audio, whisper
 from benchmarks.units.targets import Target
+from benchmarks.units.workloads import Workload, llama, qwen2_audio, whisper
 
 
 @dataclass(frozen=True)

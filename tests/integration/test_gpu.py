@@ -8,8 +8,8 @@ import torch
 from benchmarks.gpu.__main__ import strict_target, warnings_target
 from benchmarks.gpu.collect import trace
 from benchmarks.gpu.verdicts import judge
-from benchmarks.units.shapes import whisper
 from benchmarks.units.statistics import bandwidths, target
+from benchmarks.units.workloads import whisper
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 LOAD = whisper("tiny", clips=2)
