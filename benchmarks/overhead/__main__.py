@@ -168,7 +168,7 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=names, default=names, help="models to train")
     parser.add_argument("--contenders", nargs="+", choices=[each.name for each in contenders()], default=[], help="default: all")
     parser.add_argument("--pairs", type=int, default=10, help="pairs of idle and of sampled steps on a model of long steps, at least")
-    parser.add_argument("--idle-pairs", type=int, default=200, help="pairs of idle steps on a model of short steps, at least")
+    parser.add_argument("--idle-pairs", type=int, default=1000, help="pairs of idle steps on a model of short steps, at least")
     parser.add_argument("--minutes", type=float, default=18, help="time that the pairs of all models have together")
     parser.add_argument("--memory", type=float, default=None, help="GiB for the copies of a model (default: what is free, less a reserve)")
     parser.add_argument("--results", type=Path, default=None, help="the file to write (default: by date and device in benchmarks/results)")

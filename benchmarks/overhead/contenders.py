@@ -106,12 +106,12 @@ def contenders() -> list[Contender]:
     mine = "the probe, "
     everything = "every number of the metrics page"
     found = [
-        Contender("again", "plain Trainer, a second copy", "the noise of the comparison", Companion, at=Pace.SHORT, most=60),
+        Contender("again", "plain Trainer, a second copy", "the noise of the comparison", Companion, often=1.0, at=Pace.SHORT, most=NEVER),
         Contender("idle", f"{mine}unsampled step", "", lambda: Watched(every=NEVER), often=1.0, most=NEVER),
         Contender("sampled", f"{mine}sampled step, everything on", everything, lambda: Watched(every=1), often=1.0, most=40),
         Contender("passes", f"{mine}sampled step with counterfactual passes", everything, lambda: Watched(every=1, passes=1)),
     ]
-    for every, most in ((10, 44), (100, 104)):
+    for every, most in ((10, 104), (100, 304)):
         title = f"{mine}every {every}th step"
         found.append(
             Contender(f"every-{every}", title, everything, partial(Watched, every=every), often=1.0, most=most, at=Pace.SHORT, every=every)

@@ -67,7 +67,7 @@ def measure(
     done: list[Contender] = []
     for group, part in zip(grouped, work, strict=True):
         say(f"{subject.title}: {', '.join(contender.name for contender in group)}")
-        _measure_group(group, setting, Plan(budget.rounds, budget.seconds * part / sum(work)), found)
+        _measure_group(group, setting, Plan(budget.rounds, budget.seconds * part / sum(work)), found, say)
         done += group
         yield _result(setting, found, [contender for contender in chosen if contender in done])
 
@@ -104,7 +104,7 @@ def groups(chosen: Sequence[Contender], *, at_most: int) -> list[list[Contender]
     ]
 
 
-def _measure_group(group: Sequence[Contender], setting: Setting, plan: Plan, found: Found) -> None:
+def _measure_group(group: Sequence[Contender], setting: Setting, plan: Plan, found: Found, say: Say) -> None:
     with ExitStack() as stack:
         base = Entry(plain(), setting)
         stack.callback(base.close)
@@ -124,7 +124,7 @@ def _measure_group(group: Sequence[Contender], setting: Setting, plan: Plan, fou
         gc.collect()
         gc.freeze()  # the copies of the model are not looked through by the collector in anybody's step
         stack.callback(gc.unfreeze)
-        pairs, plain_seconds = pair_up(base, entries, plan, failed=lambda name, error: _failed(found, name, error))
+        pairs, plain_seconds = pair_up(base, entries, plan, failed=lambda name, error: _failed(found, name, error), say=say)
         found.pairs.update(pairs)
         found.plain_seconds += plain_seconds
         for name, entry in entries.items():

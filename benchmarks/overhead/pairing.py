@@ -16,6 +16,8 @@ from benchmarks.overhead.ratios import Pair
 _TOGETHER = 3
 """Contenders that share one plain step at most: what drifts more slowly than four steps last has no part in their ratios."""
 
+_SILENCE_S = 60
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -38,7 +40,12 @@ def least_pairs(contender: Contender, rounds: int) -> int:
 
 
 def pair_up(
-    plain: Entry, entries: Mapping[str, Entry], plan: Plan, *, failed: Callable[[str, Exception], None]
+    plain: Entry,
+    entries: Mapping[str, Entry],
+    plan: Plan,
+    *,
+    failed: Callable[[str, Exception], None],
+    say: Callable[[str], None] = lambda line: None,
 ) -> tuple[dict[str, list[Pair]], list[float]]:
     """Run the contenders' steps beside plain ones.
 
@@ -50,6 +57,7 @@ def pair_up(
         entries: The contenders by name, warm.
         plan: How long.
         failed: Told of a contender whose step raised; it takes no further part.
+        say: Receives a line of progress every now and then.
     """
     rng = random.Random(plan.seed)
     running = dict(entries)
@@ -57,8 +65,11 @@ def pair_up(
     rounds = max(wanted.values(), default=0)
     pairs: dict[str, list[Pair]] = {name: [] for name in entries}
     plain_seconds: list[float] = []
-    end, i = time.monotonic() + plan.seconds, 0
+    end, i, said = time.monotonic() + plan.seconds, 0, time.monotonic()
     while running and (i < rounds or time.monotonic() < end):
+        if time.monotonic() > said + _SILENCE_S:
+            said = time.monotonic()
+            say(f"round {i} of {rounds} at least")
         due = [name for name in running if (i + 1) * wanted[name] // rounds > i * wanted[name] // rounds]
         rng.shuffle(due)
         for begin in range(0, len(due), _TOGETHER):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ Sample = dict[str, Tensor]
 DISTINCT = 8
 _ENDLESS = 1 << 20
 _TEXT = 64
-_VOCABULARY = 32000
+_VOCABULARY, _SHORT_VOCABULARY = 32_000, 8_000
 _AUDIO_TOKEN = _VOCABULARY - 1
 
 
@@ -106,14 +107,14 @@ def qwen2_audio_sample(generator: torch.Generator) -> Sample:
     }
 
 
-def llama(attention: str) -> nn.Module:
-    """Return a Llama of four layers of 768."""
-    return LlamaForCausalLM(llama_config(vocabulary=_VOCABULARY, width=768, layers=4, attention=attention))
+def llama(*, vocabulary: int, width: int, layers: int) -> Callable[[str], nn.Module]:
+    """Return what builds a Llama."""
+    return lambda attention: LlamaForCausalLM(llama_config(vocabulary=vocabulary, width=width, layers=layers, attention=attention))
 
 
-def llama_sample(generator: torch.Generator) -> Sample:
-    """Return 256 tokens, all of them labelled."""
-    ids = torch.randint(0, _VOCABULARY, (256,), generator=generator)
+def text_sample(generator: torch.Generator, *, vocabulary: int, tokens: int) -> Sample:
+    """Return tokens, all of them labelled."""
+    ids = torch.randint(0, vocabulary, (tokens,), generator=generator)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
 
 
@@ -122,5 +123,24 @@ SUBJECTS = (
     Subject("base", "Whisper, base's shape", whisper("base"), whisper_sample, (1, 16), 0.08),
     Subject("small", "Whisper, small's shape", whisper("small"), whisper_sample, (1, 8), 0.15, small=True),
     Subject("qwen2_audio", "Qwen2-Audio's layout, 2 + 2 layers", qwen2_audio, qwen2_audio_sample, (1, 4), 0.11),
-    Subject("llama", "Llama, 4 layers of 768", llama, llama_sample, (1, 16), 0.41, Pace.SHORT, audio=False),
+    Subject(
+        name="llama",
+        title="Llama, 4 layers of 768",
+        build=llama(vocabulary=_VOCABULARY, width=768, layers=4),
+        sample=partial(text_sample, vocabulary=_VOCABULARY, tokens=512),
+        batch=(1, 16),
+        share=0.15,
+        pace=Pace.MIDDLING,
+        audio=False,
+    ),
+    Subject(
+        name="short",
+        title="Llama, 2 layers of 512, short steps",
+        build=llama(vocabulary=_SHORT_VOCABULARY, width=512, layers=2),
+        sample=partial(text_sample, vocabulary=_SHORT_VOCABULARY, tokens=128),
+        batch=(1, 1),
+        share=0.26,
+        pace=Pace.SHORT,
+        audio=False,
+    ),
 )

@@ -14,6 +14,9 @@ from probe.measure.from_host import from_host
 
 # The CPU's norm adds up in float32 without pairing: 2e-5 off over 2**20 elements, below 2e-7 over this many.
 _PIECE = 1 << 15
+# Rows of this many are what the CPU is fastest at, three times as fast as one piece after the other.
+_ROW = 1 << 13
+_ROWS_OF = (torch.float32, torch.float64)
 
 
 def squares_by_group(tensors: Sequence[Tensor], groups: Sequence[int], count: int) -> tuple[Tensor, Tensor]:
@@ -21,7 +24,8 @@ def squares_by_group(tensors: Sequence[Tensor], groups: Sequence[int], count: in
 
     The norms are taken in one fused call for each device and dtype, in float32 or wider, and squared and added in float64; the number
     of tensor operations does not depend on the number of groups. On a CPU, where the fused call is a loop that widens whole tensors,
-    they are cut into short pieces. As in ``clip_grad_norm_``, float32 values beyond about 1e19 count as infinite. No sync.
+    long ones are cut into rows, or into short pieces where they are not contiguous or of low precision. As in ``clip_grad_norm_``,
+    float32 values beyond about 1e19 count as infinite. No sync.
 
     Args:
         tensors: Float or complex, dense, of any shapes, dtypes and devices; at least one.
@@ -30,7 +34,8 @@ def squares_by_group(tensors: Sequence[Tensor], groups: Sequence[int], count: in
 
     Returns:
         Two float64 (G,) tensors (float32 on MPS) on the first device that is not the CPU, or else there: the sums of squares without
-        the tensors that are not finite, and how many of these there are (on a CPU their pieces are counted). 0 for a group without any.
+        the tensors that are not finite, and how many of these there are (on a CPU the pieces of those that are cut into pieces). 0 for
+        a group without any.
 
     Raises:
         ProbeValueError: if there is no tensor, or one is sparse.
@@ -52,9 +57,7 @@ def squares_by_group(tensors: Sequence[Tensor], groups: Sequence[int], count: in
 def norm_of(tensor: Tensor) -> Tensor:
     """Return the L2 norm of one tensor: 0-dim, float32 or wider, on its device. Off the CPU one tensor operation. No sync."""
     real = real_view(tensor)
-    if real.device.type != "cpu" or real.numel() == 0:
-        return foreach_norm([real])[0]
-    norms = foreach_norm(list(pieces(real, _PIECE)))
+    norms, _ = _norms([(0, real)], real.device)
     return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms).double())
 
 
@@ -91,6 +94,27 @@ def real_view(tensor: Tensor) -> Tensor:
 
 def _norms(members: Sequence[tuple[int, Tensor]], device: torch.device) -> tuple[list[Tensor], list[int]]:
     """Return the norms of tensors of one device and dtype, or of their pieces, and the group of each."""
-    if device.type == "cpu":
-        members = [(group, piece) for group, x in members for piece in (pieces(x, _PIECE) if x.numel() > _PIECE else (x,))]
-    return foreach_norm([tensor for _, tensor in members]), [group for group, _ in members]
+    if device.type != "cpu":
+        return foreach_norm([tensor for _, tensor in members]), [group for group, _ in members]
+    short: list[tuple[int, Tensor]] = []
+    norms, groups = [], []
+    for group, x in members:
+        if x.numel() <= _PIECE:
+            short.append((group, x))
+        elif x.dtype in _ROWS_OF and x.is_contiguous():
+            norms.append(_norm_by_rows(x))
+            groups.append(group)
+        else:
+            short += [(group, piece) for piece in pieces(x, _PIECE)]
+    fused = foreach_norm([tensor for _, tensor in short]) if short else []
+    return [*fused, *norms], [*(group for group, _ in short), *groups]
+
+
+def _norm_by_rows(x: Tensor) -> Tensor:
+    """Return the norm of a contiguous tensor, float64 and 0-dim: of rows first, then of their norms."""
+    flat = x.view(-1)
+    whole = x.numel() // _ROW * _ROW
+    norms = [torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)]
+    if whole < x.numel():
+        norms.append(torch.linalg.vector_norm(flat[whole:]).view(1))
+    return torch.linalg.vector_norm(torch.cat(norms).double())
