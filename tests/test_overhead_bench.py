@@ -433,6 +433,21 @@ def test_the_command_writes_results_and_page(tmp_path: Path, monkeypatch: pytest
     assert "a wide one was not measured: MemoryError: too wide" in text and "the probe, unsampled step" in text
 
 
+def test_results_of_other_models_stand_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models measured before stay, in the order of the subjects; what is measured anew takes the place of what was."""
+    wide = replace(QUIET, name="wide", title="a wide one")
+    monkeypatch.setattr(command, "SUBJECTS", (replace(QUIET, name="first"), QUIET, wide))
+    [old] = results(row("idle", 1.0)).models
+    before = replace(results(), models=[replace(old, name="wide"), replace(old, name="toy")], failed={"a toy": "no memory", "else": "no"})
+    write(before, tmp_path / "overhead-x-cpu.json")
+    found = str(tmp_path / "overhead-x-cpu.json")
+    flags = ["--models", "toy", "--contenders", "idle", "--idle-pairs", "2", "--minutes", "0", "--memory", "1"]
+    command.main([*flags, "--results", found, "--add", found, "--docs", str(tmp_path)])
+    run = read(tmp_path / "overhead-x-cpu.json")
+    assert [(model.name, model.title) for model in run.models] == [("toy", "a toy"), ("wide", "Whisper | small")]
+    assert run.failed == {"else": "no"} and run.minutes > before.minutes
+
+
 def test_the_plot_is_the_same_for_the_same_results(tmp_path: Path) -> None:
     """It is drawn from the results alone, on no background."""
     pytest.importorskip("matplotlib")

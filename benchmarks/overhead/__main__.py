@@ -23,7 +23,7 @@ from benchmarks.overhead.contenders import Contender, contenders
 from benchmarks.overhead.measuring import Budget, measure
 from benchmarks.overhead.pace import Pace
 from benchmarks.overhead.page import page
-from benchmarks.overhead.results import Results, read, write
+from benchmarks.overhead.results import ModelResult, Results, read, write
 from benchmarks.overhead.subjects import SUBJECTS, Subject
 from benchmarks.units.targets import Target
 
@@ -51,9 +51,8 @@ def run(options: argparse.Namespace) -> Iterator[Results]:
     begin, device = time.monotonic(), _device()
     results = Results(date.today().isoformat(), device, machine(device), versions(), 0.0, os.getloadavg()[0])
     if options.add is not None:
-        added = read(options.add)
-        others = [model for model in added.models if model.name not in options.models]
-        results = replace(results, models=others, failed=added.failed)
+        results = _others(read(options.add), results, subjects)
+    earlier = results.minutes
     for subject in subjects:
         budget = Budget(
             rounds=options.idle_pairs if subject.pace == Pace.SHORT else options.pairs,
@@ -61,14 +60,28 @@ def run(options: argparse.Namespace) -> Iterator[Results]:
             memory=(options.memory or _memory_gib(device)) * 2**30,
         )
         try:
-            before = results.models
+            others = results.models
             for measured in measure(subject, chosen(options.contenders, subject), budget, device=device, say=partial(_say, begin)):
-                results = replace(results, models=[*before, measured], minutes=_minutes(begin))
+                results = replace(results, models=_in_order([*others, measured]), minutes=earlier + _minutes(begin))
                 yield results
         except Exception as error:
             _say(begin, f"{subject.title}: {type(error).__name__}: {error}")
             results = replace(results, failed={**results.failed, subject.title: f"{type(error).__name__}: {error}"})
-            yield replace(results, minutes=_minutes(begin))
+            yield replace(results, minutes=earlier + _minutes(begin))
+
+
+def _others(added: Results, results: Results, subjects: Sequence[Subject]) -> Results:
+    """Return results that begin with what was measured before of models that are not measured now."""
+    names, titles = ({getattr(subject, what) for subject in subjects} for what in ("name", "title"))
+    models = [model for model in added.models if model.name not in names]
+    failed = {title: why for title, why in added.failed.items() if title not in titles}
+    return replace(results, models=models, failed=failed, minutes=added.minutes)
+
+
+def _in_order(models: Sequence[ModelResult]) -> list[ModelResult]:
+    """Return models in the order of the subjects; what is none of them comes last."""
+    names = [subject.name for subject in SUBJECTS]
+    return sorted(models, key=lambda model: names.index(model.name) if model.name in names else len(names))
 
 
 def _say(begin: float, line: str) -> None:
