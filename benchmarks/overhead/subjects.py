@@ -120,6 +120,7 @@ def text_sample(generator: torch.Generator, *, vocabulary: int, tokens: int) -> 
 
 SUBJECTS = (
     Subject("tiny", "Whisper, tiny's shape", whisper("tiny"), whisper_sample, (1, 16), 0.25, Pace.MIDDLING),
+    Subject("tiny-8", "Whisper, tiny's shape, 8 clips", whisper("tiny"), whisper_sample, (8, 64), 0.1),
     Subject("base", "Whisper, base's shape", whisper("base"), whisper_sample, (1, 16), 0.08),
     Subject("small", "Whisper, small's shape", whisper("small"), whisper_sample, (1, 8), 0.15, small=True),
     Subject("qwen2_audio", "Qwen2-Audio's layout, 2 + 2 layers", qwen2_audio, qwen2_audio_sample, (1, 4), 0.11),
