@@ -389,6 +389,20 @@ def test_targets_of_sampled_steps() -> None:
     assert set(verdicts().values()) == {None}
 
 
+def test_an_interval_that_holds_the_bound_decides_nothing() -> None:
+    """Neither met nor missed: the page says so, with the figure of the probe's own meter (4.4 %: 1.046, 1.0005 at every 100th step)."""
+    wide = results(row("sampled", 1.04, low=0.9, high=1.2), row("passes", 2.0, low=1.9, high=2.1))
+    found = {target.target: target for target in targets(wide)}
+    small = next(target for name, target in found.items() if name.startswith("a sampled step with everything on, Whisper-small-sized, CPU"))
+    rare = next(target for name, target in found.items() if name.startswith("the same at the default"))
+    passes = next(target for name, target in found.items() if name.startswith("counterfactual"))
+    assert (small.met, rare.met, passes.met) == (None, None, None)
+    assert "by the probe's own meter 1.046" in small.why and "by the probe's own meter 1.0005" in rare.why
+    assert rare.measured == "1.0004 [0.9990, 1.0020]" and passes.measured == "1.0019 [1.0014, 1.0024]"
+    table = target_table([small, passes])
+    assert table.count("undecided, the interval holds the bound") == 2 and "not measured" not in table
+
+
 def test_what_happens_rarely_is_spread() -> None:
     """A step of 1.05 every hundredth costs 1.0005; passes are counted from the sampled step that they come on top of."""
     assert spread(Ratio(1.05, 1, 1, 1), 100) == pytest.approx(1.0005)
@@ -408,7 +422,7 @@ def test_the_page_tells_all() -> None:
     assert "No CUDA device" in text and "](x.svg)" in text
     assert "No CUDA device" not in page([results(row("sampled", 1.1), device="cuda")])
     assert "How it is measured" in page([])
-    assert target_table([Target("a", "b", "c", None)]).endswith("| a | b | c | not measured |")
+    assert target_table([Target("a", "b", "", None)]).endswith("| a | b |  | not measured |")
 
 
 def test_results_are_read_as_written(tmp_path: Path) -> None:
