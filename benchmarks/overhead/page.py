@@ -36,6 +36,8 @@ _METHOD = """\
 * wandb, nnsight and TorchLens each run after all others, beside a plain Trainer of their own: they change the process round them. wandb's
   background process is not part of the step's time. TorchLens wraps the functions of torch outside the time of its steps, and is given its
   lightest recorder. What is kept of a step is let go at its end.
+* A row of few pairs says little where its interval is wide, above all on a machine whose cores are shared with others; the probe's own
+  meter, in the table before this, is then the better figure of a sampled step.
 * Beside long steps only contenders of a few plain steps' cost are measured; hundreds of pairs are for the model of short steps.
 * The probe's rows publish every record to a run folder; nothing is printed."""
 
