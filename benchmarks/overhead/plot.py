@@ -7,8 +7,8 @@ from pathlib import Path
 from benchmarks.overhead.results import Results
 
 # Colours of medium lightness, told apart by those who see no red or green, on white and on black. Source: Okabe and Ito.
-_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00")
-_MARKS = ("o", "s", "^", "D", "v")
+_COLOURS = ("#E69F00", "#56B4E9", "#009E73", "#CC79A7", "#D55E00", "#0072B2", "#999999")
+_MARKS = ("o", "s", "^", "D", "v", "P", "X")
 _INK = "#808080"
 
 
@@ -31,6 +31,8 @@ def draw(results: Results, path: Path) -> None:
             errors = [[ratio.value - ratio.low for _, ratio in rows], [ratio.high - ratio.value for _, ratio in rows]]
             style = {"color": _COLOURS[index % len(_COLOURS)], "fmt": _MARKS[index % len(_MARKS)]}
             axes.errorbar(x, y, xerr=errors, markersize=4, elinewidth=1, label=model.title, **style)
+        ratios = [row.ratio.value for row in shown if row.ratio is not None]
+        axes.set_xlim(0.9 * min(ratios, default=1), 1.2 * max(ratios, default=1))  # wide intervals leave the plot: the table has them
         _dress(axes, [names[key] for key in keys])
         figure.savefig(path, format="svg", transparent=True, metadata={"Date": None})
 
@@ -45,7 +47,7 @@ def _dress(axes: object, titles: list[str]) -> None:
     axes.axvline(1.05, color=_INK, linewidth=1, linestyle=":")
     axes.set_yticks(range(len(titles)), titles)
     axes.invert_yaxis()
-    axes.set_xticks([tick for tick in (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50) if tick <= axes.get_xlim()[1] or tick <= 1.2])
+    axes.set_xticks([tick for tick in (0.5, 1, 1.2, 1.5, 2, 3, 5, 10, 20, 50) if axes.get_xlim()[0] <= tick <= axes.get_xlim()[1]])
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("step time ÷ plain step's (logarithmic; dotted: 1.05)", color=_INK)
