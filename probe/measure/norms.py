@@ -117,4 +117,5 @@ def _norm_by_rows(x: Tensor) -> Tensor:
     norms = [torch.linalg.vector_norm(flat[:whole].view(-1, _ROW), dim=1)]
     if whole < x.numel():
         norms.append(torch.linalg.vector_norm(flat[whole:]).view(1))
-    return torch.linalg.vector_norm(torch.cat(norms).double())
+    norm: Tensor = torch.linalg.vector_norm(torch.cat(norms).double())
+    return norm
