@@ -20,7 +20,7 @@ from benchmarks.scaling import layouts, model
 from benchmarks.scaling.launches import Launches, launches
 from benchmarks.scaling.page import RANKS, Counted, page
 from benchmarks.units import __main__ as units
-from benchmarks.units import attention, gradients, growth, heads, host, memory, ranks, statistics
+from benchmarks.units import attention, compiled, gradients, growth, heads, host, memory, ranks, statistics
 from benchmarks.units.parts import Stopwatch
 from benchmarks.units.plan import PARTS, QUICK_PARTS
 from benchmarks.units.timing import Estimate, difference, estimate, interleaved, ratio
@@ -353,3 +353,12 @@ def test_workloads_are_the_same_each_time() -> None:
     (first, batch), (second, again) = load.make(), load.make()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert all(torch.equal(batch[name], again[name]) for name in batch)
+
+
+def test_each_copy_has_compiled_code_of_its_own(capfd: pytest.CaptureFixture[str]) -> None:
+    """What is compiled for the copy without a probe does not serve the others: their sites are reported."""
+    torch.compiler.reset()
+    row = compiled.compiled_costs(CPU, load=llama(vocabulary=64, rows=1, tokens=8, width=64, layers=1), rounds=2, backend="eager")
+    assert row.sites > 0 and row.plain_ms > 0
+    assert "nothing was reported" not in "".join(capfd.readouterr())
+    torch.compiler.reset()
