@@ -22,7 +22,7 @@ from benchmarks.scaling.page import RANKS, Counted, page
 from benchmarks.units import __main__ as units
 from benchmarks.units import attention, compiled, gradients, growth, heads, host, memory, ranks, statistics
 from benchmarks.units.parts import Stopwatch
-from benchmarks.units.plan import PARTS, QUICK_PARTS
+from benchmarks.units.plan import PARTS, QUICK_PARTS, Measured
 from benchmarks.units.timing import Estimate, difference, estimate, interleaved, ratio
 from benchmarks.units.workloads import Workload, llama
 
@@ -362,3 +362,20 @@ def test_each_copy_has_compiled_code_of_its_own(capfd: pytest.CaptureFixture[str
     assert row.sites > 0 and row.plain_ms > 0
     assert "nothing was reported" not in "".join(capfd.readouterr())
     torch.compiler.reset()
+
+
+def test_parts_measured_before_stand_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts of another file keep their rows and targets; a part that is in both is refused."""
+    rows = {"heads": lambda device: Measured([1], []), "ranks": lambda device: Measured([2], [])}
+    monkeypatch.setattr(units, "PARTS", rows)
+
+    def run(*arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", ["units", *arguments])
+        units.main()
+
+    first, both = str(tmp_path / "first.json"), str(tmp_path / "both.json")
+    run("--only", "heads", "--output", first)
+    run("--only", "ranks", "--add", first, "--output", both)
+    assert json.loads(Path(both).read_text())["rows"] == {"heads": [1], "ranks": [2]}
+    with pytest.raises(SystemExit):
+        run("--only", "heads", "--add", first)

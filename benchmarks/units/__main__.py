@@ -1,4 +1,4 @@
-"""Measures the unit costs on the device at hand: ``python -m benchmarks.units [--only PART ...] [--quick] [--output FILE]``.
+"""Measures the unit costs on the device at hand: ``python -m benchmarks.units [--only PART ...] [--quick] [--output FILE] [--add FILE]``.
 
 Writes ``benchmarks/results/units-<date>-<device>.json``: the measured rows by part, and a list of targets.
 """
@@ -28,13 +28,17 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to measure (default: all)")
     parser.add_argument("--quick", action="store_true", help="few rounds of small sizes, to see that it works; the figures mean nothing")
     parser.add_argument("--output", type=Path, default=None, help="the file to write (default: by date and device in benchmarks/results)")
+    parser.add_argument("--add", type=Path, default=None, help="a file with other parts of the same machine, to stand beside these")
     options = parser.parse_args()
+    added = json.loads(options.add.read_text(encoding="utf-8")) if options.add else None
+    if added and (twice := sorted(set(added["rows"]) & set(options.only))):
+        parser.error(f"{options.add} holds {', '.join(twice)} already: leave them out of --only")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = options.output or RESULTS / f"units-{date.today().isoformat()}-{short(device)}.json"
     with tempfile.TemporaryDirectory(prefix="probe-units-") as folder:
         tempfile.tempdir = folder  # run folders and outputs of all measurements go with it
         try:
-            report = measure(device, options.only, quick=options.quick, output=output)
+            report = measure(device, options.only, quick=options.quick, output=output, added=added)
         finally:
             tempfile.tempdir = None
     for one in report["targets"]:
@@ -43,13 +47,15 @@ def main() -> None:
     print(f"wrote {output}")
 
 
-def measure(device: torch.device, parts: list[str], *, quick: bool, output: Path) -> dict[str, Any]:
+def measure(device: torch.device, parts: list[str], *, quick: bool, output: Path, added: dict[str, Any] | None = None) -> dict[str, Any]:
     """Run the parts and return what the file holds; a part that fails is named with its error, and the others go on.
 
     The file is written after each part, so that one that is stopped keeps what it has.
     """
     chosen = QUICK_PARTS if quick else PARTS
     report: dict[str, Any] = {"machine": machine(device), "quick": quick, "rows": {}, "seconds": {}, "failed": {}, "targets": []}
+    for key in ("rows", "seconds", "failed", "targets"):
+        report[key] = added[key] if added else report[key]
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in parts:
         _write(report, output)
