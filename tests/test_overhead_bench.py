@@ -19,6 +19,7 @@ pytest.importorskip("greenlet", reason="the benchmark's turns are greenlets")
 
 from benchmarks.overhead import __main__ as command
 from benchmarks.overhead import contenders as field
+from benchmarks.overhead import measuring
 from benchmarks.overhead.__main__ import chosen
 from benchmarks.overhead.competitors import COMPETITORS, ByHand, Companion
 from benchmarks.overhead.contenders import Contender, Watched, contenders, plain
@@ -252,13 +253,16 @@ def test_a_model_is_measured() -> None:
     assert len(said) == 1
 
 
-def test_every_group_is_handed_over_when_it_is_measured() -> None:
+def test_every_group_is_handed_over_when_it_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run that is ended early has the rows it got to; what the plain step does is counted once."""
+    counted: list[Any] = []
+    monkeypatch.setattr(measuring, "count", lambda step: counted.append(step) or count(step))
     few = Budget(rounds=1, seconds=0, memory=2 * 12 * parameters_of(QUIET))
     first, second = measure(QUIET, [BY_NAME["idle"], BY_NAME["by-hand"]], few, device="cpu", say=lambda line: None)
     assert [row.name for row in first.rows] == ["idle"] and [row.name for row in second.rows] == ["idle", "by-hand"]
     assert all(row.ratio is not None for row in second.rows)
     assert (first.kernels, first.peak_mib) == (second.kernels, second.peak_mib)
+    assert len(counted) == 3  # the plain step, and each contender's
 
 
 def test_counts_of_a_step() -> None:

@@ -21,6 +21,7 @@ from benchmarks.scaling.launches import Launches, launches
 from benchmarks.scaling.page import RANKS, Counted, page
 from benchmarks.units import __main__ as units
 from benchmarks.units import attention, compiled, gradients, growth, heads, host, memory, ranks, statistics
+from benchmarks.units import targets as units_targets
 from benchmarks.units.parts import Stopwatch
 from benchmarks.units.plan import PARTS, QUICK_PARTS, Measured
 from benchmarks.units.timing import Estimate, difference, estimate, interleaved, ratio
@@ -365,17 +366,26 @@ def test_each_copy_has_compiled_code_of_its_own(capfd: pytest.CaptureFixture[str
 
 
 def test_parts_measured_before_stand_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts of another file keep their rows and targets; a part that is in both is refused."""
-    rows = {"heads": lambda device: Measured([1], []), "ranks": lambda device: Measured([2], [])}
-    monkeypatch.setattr(units, "PARTS", rows)
+    """Parts of another file keep their rows and targets; a part that is in both is refused, one that had failed is not."""
+
+    def failing(device: torch.device) -> Measured:
+        raise MemoryError
+
+    target = units_targets.Target("bytes", "1", "2", False)
+    parts = {"heads": lambda device: Measured([1], [target]), "ranks": failing}
+    monkeypatch.setattr(units, "PARTS", parts)
 
     def run(*arguments: str) -> None:
         monkeypatch.setattr(sys, "argv", ["units", *arguments])
         units.main()
 
     first, both = str(tmp_path / "first.json"), str(tmp_path / "both.json")
-    run("--only", "heads", "--output", first)
+    run("--only", "heads", "ranks", "--output", first)
+    assert list(json.loads(Path(first).read_text())["failed"]) == ["ranks"]
+    parts["ranks"] = lambda device: Measured([2], [])
     run("--only", "ranks", "--add", first, "--output", both)
-    assert json.loads(Path(both).read_text())["rows"] == {"heads": [1], "ranks": [2]}
+    report = json.loads(Path(both).read_text())
+    assert report["rows"] == {"heads": [1], "ranks": [2]} and report["failed"] == {}
+    assert [one["target"] for one in report["targets"]] == ["bytes"]
     with pytest.raises(SystemExit):
         run("--only", "heads", "--add", first)

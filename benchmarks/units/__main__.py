@@ -54,8 +54,9 @@ def measure(device: torch.device, parts: list[str], *, quick: bool, output: Path
     """
     chosen = QUICK_PARTS if quick else PARTS
     report: dict[str, Any] = {"machine": machine(device), "quick": quick, "rows": {}, "seconds": {}, "failed": {}, "targets": []}
-    for key in ("rows", "seconds", "failed", "targets"):
-        report[key] = added[key] if added else report[key]
+    if added:
+        report |= {key: added[key] for key in ("rows", "seconds", "targets")}
+        report["failed"] = {name: why for name, why in added["failed"].items() if name not in parts}
     output.parent.mkdir(parents=True, exist_ok=True)
     for name in parts:
         _write(report, output)
