@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_by_hand import B, Given, H, K, S, by_hand, random_modality, random_source
 from costs import MIB, kernels, operations, peak_mib
-from probe.measure import attention, blocks
-from probe.measure.attention import HeadMeanRows, finish_later, held_bytes
+from probe.measure import attention, blocks, walk
+from probe.measure.attention import HeadMeanRows, finish_later, held_bytes, reduce_rows, sum_up
 from probe.measure.blocks import NotObservable, RowSource
 from probe.measure.prepared import prepare
 from probe.measure.probabilities import FromScores, FromSoftmax
@@ -25,7 +25,8 @@ pytestmark = pytest.mark.pure  # of torch and probe alone: the same with every t
 
 
 def describe(source: RowSource, choice: RowChoice, **given: Any) -> AttentionSums:
-    return attention.describe(source, prepare(source, choice, **given))
+    prepared = prepare(source, choice, **given)
+    return sum_up([reduce_rows(source, prepared)], prepared)
 
 
 def describe_later(source: RowSource, choice: RowChoice) -> HeadMeanRows:
@@ -33,8 +34,8 @@ def describe_later(source: RowSource, choice: RowChoice) -> HeadMeanRows:
 
 
 def named(found: AttentionSums) -> dict[str, float]:
-    assert found.sums.dtype == torch.float64
-    return dict(zip(COLUMNS, found.sums.tolist(), strict=True))
+    assert found.sums_LC[0].dtype == torch.float64
+    return dict(zip(COLUMNS, found.sums_LC[0].tolist(), strict=True))
 
 
 def mean(found: AttentionSums, what: str) -> float:
@@ -54,7 +55,7 @@ def test_sums_are_those_of_the_definition(self_attention: bool, queries_known: b
         source = random_source(seed + 20, sinks=seed % 2)
         found = describe(source, choice, query_modality_BS=query, key_modality_BK=key, self_attention=self_attention)
         expected = by_hand(source, choice, query, key, self_attention)
-        sums, heads = named(found), dict(zip(QUANTITIES, found.per_head.tolist(), strict=True))
+        sums, heads = named(found), dict(zip(QUANTITIES, found.per_head_LQH[0].tolist(), strict=True))
         assert sums["sampled"] == expected["sampled"]
         for name in QUANTITIES:
             numerators, weight = expected[name]
@@ -155,10 +156,10 @@ def test_later_is_the_same_as_at_once(known: bool, sinks: int) -> None:
         assert afterwards[what] == pytest.approx(at_once[what], rel=1e-6, abs=1e-9), what
         assert afterwards[weight_of(what)] == at_once[weight_of(what)]
     assert all(afterwards[name] == afterwards[weight_of(name)] == 0.0 for name in WALKS)
-    torch.testing.assert_close(later.per_head[: len(SHAPE)], now.per_head[: len(SHAPE)])
+    torch.testing.assert_close(later.per_head_LQH[0][: len(SHAPE)], now.per_head_LQH[0][: len(SHAPE)])
     assert later.headwise == SHAPE
-    assert later.per_head.shape == now.per_head.shape
-    assert not later.per_head[len(SHAPE) :].any()
+    assert later.per_head_LQH[0].shape == now.per_head_LQH[0].shape
+    assert not later.per_head_LQH[0][len(SHAPE) :].any()
 
 
 def test_held_rows_tell_their_size_beforehand_and_hold_no_heads() -> None:
@@ -217,8 +218,8 @@ def test_chunks_change_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
     for limit in (1, 2_000):
         monkeypatch.setattr(blocks, "CHUNK_BYTES", limit)
         for found, expected in zip(both(), whole):
-            torch.testing.assert_close(found.sums, expected.sums)
-            torch.testing.assert_close(found.per_head, expected.per_head)
+            torch.testing.assert_close(found.sums_LC[0], expected.sums_LC[0])
+            torch.testing.assert_close(found.per_head_LQH[0], expected.per_head_LQH[0])
 
 
 def test_padding_rows_may_hold_anything() -> None:
@@ -230,8 +231,8 @@ def test_padding_rows_may_hold_anything() -> None:
     assert (query == PADDING).any()
     source.p_BHSK.masked_fill_((query == PADDING)[:, None, :, None], float("nan"))
     found = describe(source, choice, query_modality_BS=query, key_modality_BK=key)
-    assert found.sums.isfinite().all()
-    assert found.per_head.isfinite().all()
+    assert found.sums_LC[0].isfinite().all()
+    assert found.per_head_LQH[0].isfinite().all()
     query[query == PADDING] = TEXT
     shown = named(describe(source, choice, query_modality_BS=query, key_modality_BK=key))
     for what in ("entropy_nats", "effective_keys", "top", "distance", "text_to_audio", "monotonicity", "coverage"):
@@ -268,18 +269,46 @@ def test_walks_are_left_out_where_nobody_wants_them() -> None:
     assert counted[0] + 50 < counted[1]
 
 
-@pytest.mark.parametrize(("kind", "bound"), [("encoder", 50), ("decoder", 54), ("cross", 110)])
-def test_a_layer_launches_little_work(kind: str, bound: int) -> None:
-    """Beside what layers share, a call costs some 50 operations if its rows fit into one block, and some 110 with walks."""
-    q, k = torch.randn(2, 6, 64, 64), torch.randn(2, 6, 64, 64)
+def prepared_call(kind: str, seed: int = 0) -> tuple[RowSource, RowChoice, dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+    q, k = (torch.randn(2, 6, 64, 64, generator=generator) for _ in range(2))
     text, audio = (torch.full((2, 64), code, dtype=torch.int8) for code in (TEXT, AUDIO))
     query, key = (audio if kind == "encoder" else text), (text if kind == "decoder" else audio)
     source, choice = FromScores(Scores(q, k, causal_offset=0 if kind == "decoder" else None)), choose_rows(query, rows=64)
     cross = kind == "cross"
-    given = {"query_modality_BS": query, "key_modality_BK": key, "self_attention": not cross, "walks": cross}
+    return source, choice, {"query_modality_BS": query, "key_modality_BK": key, "self_attention": not cross, "walks": cross}
+
+
+@pytest.mark.parametrize(("kind", "bound", "together"), [("encoder", 26, 16), ("decoder", 29, 16), ("cross", 29, 75)])
+def test_a_layer_launches_little_work(kind: str, bound: int, together: int) -> None:
+    """Beside what layers share, a call costs some 30 operations if its rows fit into one block; summing up costs no more for many."""
+    source, choice, given = prepared_call(kind)
     prepared = prepare(source, choice, **given)
-    assert kernels(lambda: attention.describe(source, prepared)) <= bound
     assert kernels(lambda: prepare(source, choice, **given)) <= 105
+    assert kernels(lambda: reduce_rows(source, prepared)) <= bound
+    calls = [reduce_rows(source, prepared) for _ in range(12)]
+    assert kernels(lambda: sum_up(calls, prepared)) <= together
+
+
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "cross"])
+def test_calls_are_summed_up_together_as_alone(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each call's sums are those that it has alone, also where only some of them bring their coverage worked out."""
+    _, choice, given = prepared_call(kind)
+    sources = [prepared_call(kind, seed)[0] for seed in range(3)]
+    prepared = prepare(sources[0], choice, **given)
+    calls = [reduce_rows(source, prepared) for source in sources]
+    if kind == "cross":
+        monkeypatch.setattr(walk, "_TOGETHER_BYTES", blocks.CHUNK_BYTES)
+        calls[1] = reduce_rows(sources[1], prepared)
+        assert [call.walked.dim() for call in calls if call.walked is not None] == [3, 2, 3]
+    found = sum_up(calls, prepared)
+    assert found.sums_LC.shape == (3, len(COLUMNS))
+    assert not torch.equal(found.sums_LC[0], found.sums_LC[1])
+    for number, call in enumerate(calls):
+        alone = sum_up([call], prepared)
+        torch.testing.assert_close(found.sums_LC[number], alone.sums_LC[0], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(found.per_head_LQH[number], alone.per_head_LQH[0], rtol=1e-12, atol=1e-12)
+        assert found.headwise == alone.headwise
 
 
 class Watch(TorchDispatchMode):
@@ -334,7 +363,7 @@ def test_autocast_and_gradients_around_do_not_reach_the_sums() -> None:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         cast = describe(source, choice, query_modality_BS=query, key_modality_BK=key)
         later = finish_later(describe_later(source, choice), query, key)
-    assert torch.equal(cast.sums, plain.sums)
-    assert not plain.sums.requires_grad
+    assert torch.equal(cast.sums_LC, plain.sums_LC)
+    assert not plain.sums_LC.requires_grad
     shape = len(SHAPE) + 1
-    torch.testing.assert_close(later.sums[:shape], plain.sums[:shape], rtol=1e-6, atol=1e-9)
+    torch.testing.assert_close(later.sums_LC[:, :shape], plain.sums_LC[:, :shape], rtol=1e-6, atol=1e-9)

@@ -33,6 +33,10 @@ class Layer(nn.Module):
         return F.scaled_dot_product_attention(q, k, k)
 
 
+def attend(q: Tensor, k: Tensor, mask: Tensor | None = None) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+
+
 def watch(
     monkeypatch: pytest.MonkeyPatch,
     *,
@@ -84,6 +88,39 @@ def test_late_is_as_at_once_but_for_what_needs_the_heads(monkeypatch: pytest.Mon
     assert not now.totals.reasons
     assert now.bytes == late.bytes
     assert now.totals.counts["attention:layer"] == late.totals.counts["attention:layer"] == [2.0]
+
+
+def test_calls_wait_for_each_other_and_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls are summed up when the root returns, all at once; sooner where they would hold more than they may, to the same sums."""
+    summed: list[int] = []
+    sum_up = watching.sum_up
+    monkeypatch.setattr(watching, "sum_up", lambda calls, prepared: summed.append(len(calls)) or sum_up(calls, prepared))
+    together = watch(monkeypatch, known=modality(), calls=3)
+    assert summed == [3]
+    summed.clear()
+    monkeypatch.setattr(watching, "_WAITING_BYTES", 12 * B * H * S * 4 + B * H * S * 4)  # those of one call
+    apart = watch(monkeypatch, known=modality(), calls=3)
+    assert summed == [2, 1]
+    for key in ("own:attention:layer", "heads:attention:layer"):
+        torch.testing.assert_close(together.totals.local[key], apart.totals.local[key], rtol=1e-12, atol=1e-12)
+    assert sums(together) == pytest.approx(sums(apart), rel=1e-12)
+
+
+def test_calls_that_see_other_keys_are_summed_up_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Calls that waited are summed up with what they were prepared with before another takes its place."""
+    summed: list[int] = []
+    sum_up = watching.sum_up
+    monkeypatch.setattr(watching, "sum_up", lambda calls, prepared: summed.append(len(calls)) or sum_up(calls, prepared))
+    mask = torch.ones(S, S, dtype=torch.bool).tril()
+    masks = [None, mask, mask, None]
+    left = iter(masks)
+    found = watch(monkeypatch, known=modality(), calls=4, forward=lambda call: attend(*call.args, next(left)))
+    assert summed == [1, 2, 1]
+    alone = 0.0
+    for seed, one in enumerate(masks):
+        q, k = (torch.randn(B, H, S, 4, generator=torch.Generator().manual_seed(2 * seed + n)) for n in (0, 1))
+        alone += sums(watch(monkeypatch, known=modality(), forward=lambda call, q=q, k=k, one=one: attend(q, k, one)))["entropy_nats"]
+    assert sums(found)["entropy_nats"] == pytest.approx(alone, rel=1e-9)
 
 
 @pytest.mark.parametrize("late", [None, torch.ones(B, S + 1, dtype=torch.int8)])
@@ -177,7 +214,7 @@ def test_an_error_of_its_own_ends_the_watching(monkeypatch: pytest.MonkeyPatch) 
         calls.append(1)
         raise RuntimeError("mine")
 
-    monkeypatch.setattr(watching, "describe", fail)
+    monkeypatch.setattr(watching, "reduce_rows", fail)
     buffer = watch(monkeypatch, known=modality(), calls=3, say=said.append)
     assert len(said) == len(calls) == 1
     assert "attention switched off after RuntimeError: mine at layer" in said[0]

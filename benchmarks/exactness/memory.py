@@ -8,10 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from costs import peak_mib
-from probe.measure.attention import describe
+from probe.measure.attention import reduce_rows, sum_up
 from probe.measure.prepared import prepare
 from probe.measure.probabilities import FromScores
-from probe.measure.rows import choose_all_valid
+from probe.measure.quantities import AttentionSums
+from probe.measure.rows import RowChoice, choose_all_valid
 from probe.measure.scores import Scores
 
 ROWS, WIDTH = 64, 64
@@ -28,13 +29,18 @@ class MemoryRow:
     difference: float
 
 
+def _described(source: FromScores, choice: RowChoice) -> AttentionSums:
+    prepared = prepare(source, choice, query_modality_BS=None, key_modality_BK=None)
+    return sum_up([reduce_rows(source, prepared)], prepared)
+
+
 def memory_rows() -> Iterator[MemoryRow]:
     """Describe one call of each size."""
     for samples, heads, queries, keys in SIZES:
         generator = torch.Generator().manual_seed(keys)
         q, k = (torch.randn((samples, heads, n, WIDTH), generator=generator).bfloat16() for n in (queries, keys))
         source, choice = FromScores(Scores(q, k)), choose_all_valid(samples, queries, ROWS, q.device)
-        peak = peak_mib(lambda: describe(source, prepare(source, choice, query_modality_BS=None, key_modality_BK=None)))  # noqa: B023
+        peak = peak_mib(lambda: _described(source, choice))  # noqa: B023
         index = choice.index_BR[:, None, :, None].expand(-1, heads, -1, WIDTH)
         exact = torch.softmax(q.double().gather(2, index) @ k.double().mT * WIDTH**-0.5, -1)
         parts = ((part.p.double() - exact[part.samples, part.heads, part.rows]).abs().max() for part in source.blocks(choice.index_BR))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -76,22 +76,32 @@ def over_micro_batches(device: torch.device, *, counts: Sequence[int] = MICRO_BA
 
 
 def along_a_run(device: torch.device, *, late: int = LATE, span: int = SPAN) -> Ageing:
-    """Measure a long run of sampled steps: the same steps early and late, each made into a record and judged by all rules."""
+    """Measure sampled steps late in a long run beside those of a run that has just begun, in turns, so that the machine's drift is in both.
+
+    Each step is made into a record and judged by all rules.
+    """
+    with ExitStack() as stack:
+        old = _small_run(device, stack)
+        for _ in range(late):
+            old()
+        new = _small_run(device, stack)
+        for _ in range(EARLY):
+            new()
+        times = interleaved({"old": old, "new": new}, rounds=span, device=device, warm_up=0)
+    return Ageing(
+        f"steps {EARLY + 1} to {EARLY + span} of a run beside it",
+        f"steps {late + 1} to {late + span}",
+        statistics.median(times["new"]) * 1e3,
+        ratio(times["old"], times["new"]),
+    )
+
+
+def _small_run(device: torch.device, stack: ExitStack) -> Callable[[], None]:
+    """Return a sampled step of a model of its own."""
     model, batch = llama(vocabulary=256, rows=1, tokens=16, width=64, layers=1).make()
     model.to(device)
     inputs = {key: tensor.to(device) for key, tensor in batch.items()}
-    times: list[float] = []
-    with probe.attach(model, every=1, settings=quiet()) as p:
-        step = _step(model, inputs, p, 1)
-        for _ in range(late + span):
-            times += interleaved({"step": step}, rounds=1, device=device, warm_up=0)["step"]
-    early = times[EARLY : EARLY + span]
-    return Ageing(
-        f"steps {EARLY + 1} to {EARLY + span}",
-        f"steps {late + 1} to {late + span}",
-        statistics.median(early) * 1e3,
-        ratio(times[late : late + span], early),
-    )
+    return _step(model, inputs, stack.enter_context(probe.attach(model, every=1, settings=quiet())), 1)
 
 
 _WIDTH = 512

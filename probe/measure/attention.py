@@ -1,11 +1,14 @@
 """What sampled attention rows say, as sums that add up over calls and ranks: entropy, distance, and the mass between text and audio.
 
-Shapes: B batch, S tokens (queries), K keys, H heads, R sampled rows a sample, M key groups, Q quantities; b, h, r: those of one block.
+Each call is reduced to a few numbers a row when it is seen; what these add up to is worked out for many calls at once.
+
+Shapes: L attention calls, B batch, S tokens (queries), K keys, H heads, R sampled rows a sample, M key groups, Q quantities; b, h, r: those
+of one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,13 +21,31 @@ from probe.measure.prepared import Prepared, Weights, multiplied_in, weigh
 from probe.measure.quantities import MASSES, SHAPE, WALKS, AttentionSums, add_up, sums_of
 from probe.measure.rows import RowChoice
 from probe.measure.sight import GROUPS, check_call, look
-from probe.measure.walk import Coverage, monotonicity
+from probe.measure.walk import Coverage, covered, monotonicity
 
 # What is reduced from each row, in this order; then GROUPS.
 _RAW = ("entropy", "sum_of_squares", "top", "band", "distance", "sink")
 _OF_ROWS = (*SHAPE, *MASSES)
 # Of which of these the quantities are made.
 _OF = {"entropy_nats": "entropy", "effective_keys": "sum_of_squares", "first_token": "first"}
+
+
+@dataclass(frozen=True, slots=True)
+class ReducedRows:
+    """What the rows of one call say, to be summed up with those of other calls that were prepared for alike.
+
+    Attributes:
+        raw_QBHR: float32: ``_RAW``, then the masses in ``GROUPS``.
+        walked: Of text rows over audio keys, float32 (B, H, K) distributions or float64 (B, H) coverage; ``None`` without walks.
+    """
+
+    raw_QBHR: Tensor
+    walked: Tensor | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it holds on the device."""
+        return self.raw_QBHR.nbytes + (0 if self.walked is None else self.walked.nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +75,8 @@ def held_bytes(shape: tuple[int, int, int, int], choice: RowChoice) -> int:
     return samples * rows * (shape[1] * len(_RAW) * 4 + shape[3] * 5 + 12)
 
 
-def describe(source: RowSource, prepared: Prepared, *, fused: FusedRows | None = None) -> AttentionSums:
-    """Sum up one attention call; padding among the queries counts for nothing, nor does a row that sees no key.
-
-    The definitions are those of the catalogue (``docs/attention.md`` tells them at length). What needs a modality that is not known has
-    weight 0. Reduced block by block, row by row in float32 and over rows in float64; beside the blocks it holds a few numbers a row and
-    head. No sync.
+def reduce_rows(source: RowSource, prepared: Prepared, *, fused: FusedRows | None = None) -> ReducedRows:
+    """Reduce the rows of one call, block by block, in float32; beside the blocks it holds a few numbers a row and head. No sync.
 
     Args:
         source: The call.
@@ -71,25 +88,33 @@ def describe(source: RowSource, prepared: Prepared, *, fused: FusedRows | None =
     """
     heads, audio_BK = source.shape[1], prepared.sight.text_audio_BK
     with torch.no_grad(), torch.autocast(source.device.type, enabled=False):
-        coverage = Coverage(prepared.text_BR, audio_BK, heads) if audio_BK is not None else None
-        found = None if fused is None else fused(source, prepared, groups=len(GROUPS), covered=coverage is not None)
-        if found is None:
-            raw_QBHR = _reduce(source, prepared, None if coverage is None else coverage.add)
-        else:
-            raw_QBHR, sum_BHK = found
-            if coverage is not None and sum_BHK is not None:
-                coverage.take(sum_BHK)
+        found = None if fused is None else fused(source, prepared, groups=len(GROUPS), covered=audio_BK is not None)
+        if found is not None:
+            return ReducedRows(*found)
+        coverage = None if audio_BK is None else Coverage(prepared.text_BR, audio_BK, heads)
+        raw_QBHR = _reduce(source, prepared, None if coverage is None else coverage.add)
+        return ReducedRows(raw_QBHR, None if coverage is None else coverage.held())
+
+
+def sum_up(calls: Sequence[ReducedRows], prepared: Prepared) -> AttentionSums:
+    """Sum up calls; padding among the queries counts for nothing, nor does a row that sees no key.
+
+    The definitions are those of the catalogue (``docs/attention.md`` tells them at length). What needs a modality that is not known has
+    weight 0. Over rows in float64, in as many operations as for one call: heads of different calls lie side by side. No sync.
+
+    Args:
+        calls: At least one, all of one shape.
+        prepared: What all of them were reduced with.
+    """
+    with torch.no_grad(), torch.autocast(calls[0].raw_QBHR.device.type, enabled=False):
+        raw_QBHR = _side_by_side([call.raw_QBHR for call in calls], 2)
         numerators: dict[tuple[str, ...], Tensor] = {_OF_ROWS: _add_up(raw_QBHR, _OF_ROWS, prepared.weights)}
-        weights = prepared.weights.sum_Q
-        if coverage is not None:
-            audio_BRH, place_BRH = (raw_QBHR[len(_RAW) + GROUPS.index(of)].transpose(1, 2).double() for of in ("audio", "place"))
-            tau_BH, pairs_B1 = monotonicity(prepared.choice.index_BR, prepared.text_BR > 0, audio_BRH, place_BRH)
-            values_BHQ = torch.stack((tau_BH, coverage.value()), -1)
-            each_B1 = prepared.text_BR.sum(1, keepdim=True)
-            weight_BQ = torch.cat((each_B1 * (pairs_B1 > 0), each_B1), 1)
-            numerators[WALKS] = add_up(values_BHQ[:, None], weight_BQ[:, None])
-            weights = torch.cat((weights, weight_BQ.sum(0)))
-        return sums_of(prepared.weights.sampled, numerators, weights)
+        weights_Q = prepared.weights.sum_Q
+        walked = [call.walked for call in calls if call.walked is not None]
+        if walked:
+            numerators[WALKS], weights_2 = _walks(raw_QBHR, walked, prepared)
+            weights_Q = torch.cat((weights_Q, weights_2))
+        return sums_of(prepared.weights.sampled, numerators, weights_Q, calls=len(calls))
 
 
 def describe_later(source: RowSource, prepared: Prepared) -> HeadMeanRows:
@@ -111,7 +136,7 @@ def describe_later(source: RowSource, prepared: Prepared) -> HeadMeanRows:
 
 
 def finish_later(held: HeadMeanRows, query_modality_BS: Tensor | None, key_modality_BK: Tensor | None) -> AttentionSums:
-    """Return the sums that :func:`describe` would have given with these modalities, but no ``WALKS``, and no masses of each head.
+    """Return the sums that :func:`sum_up` would have given with these modalities, but no ``WALKS``, and no masses of each head.
 
     Raises:
         NotObservable: the modalities are not those of the held call, by their shapes.
@@ -169,6 +194,25 @@ def _alone(block: RowBlock, prepared: Prepared, keys: int) -> list[Tensor]:
     top_bhr = p_bhrC[..., :keys].amax(-1) if block.top is None else block.top
     band_bhr, distance_bhr = prepared.where.near(block.samples, block.rows, p_bhrC[..., :keys], spare[..., :keys])
     return [part.float() for part in (entropy_bhr, square_bhr, top_bhr, band_bhr, distance_bhr)]
+
+
+def _walks(raw_QBHR: Tensor, walked: Sequence[Tensor], prepared: Prepared) -> tuple[Tensor, Tensor]:
+    """Return the sums of ``WALKS`` over samples, float64 (H, 2), and those of their weights; H: heads of all calls."""
+    audio_BRH, place_BRH = (raw_QBHR[len(_RAW) + GROUPS.index(of)].transpose(1, 2).double() for of in ("audio", "place"))
+    tau_BH, pairs_B1 = monotonicity(prepared.choice.index_BR, prepared.text_BR > 0, audio_BRH, place_BRH)
+    audio_BK = prepared.sight.text_audio_BK
+    assert audio_BK is not None
+    if all(part.dim() == 3 for part in walked):
+        coverage_BH = covered(_side_by_side(walked, 1), audio_BK)
+    else:
+        coverage_BH = _side_by_side([part if part.dim() == 2 else covered(part, audio_BK) for part in walked], 1)
+    each_B1 = prepared.text_BR.sum(1, keepdim=True)
+    weight_BQ = torch.cat((each_B1 * (pairs_B1 > 0), each_B1), 1)
+    return add_up(torch.stack((tau_BH, coverage_BH), -1)[:, None], weight_BQ[:, None]), weight_BQ.sum(0)
+
+
+def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _add_up(raw_QBHR: Tensor, quantities: tuple[str, ...], weights: Weights) -> Tensor:

@@ -10,13 +10,15 @@ from torch import Tensor
 
 from probe.measure import blocks
 from probe.measure.blocks import RowBlock
+from probe.measure.sight import some
 
 _TOGETHER_BYTES = 128  # of one key of one sample and head: 16 of it while entropies are taken, of an eighth of a chunk
+_COVERED_BYTES = 24  # of one probability while entropies are taken
 _TIE_KEYS = 1e-3  # centres of attention nearer than this are told apart by rounding only
 
 
 class Coverage:
-    """Adds up the distribution of a sample's text rows over its audio keys, block by block, and says how much of them it covers.
+    """Adds up the distribution of a sample's text rows over its audio keys, block by block.
 
     Holds one float32 distribution for each sample and head, of all of them where that is small, else of the blocks in work.
     """
@@ -26,13 +28,11 @@ class Coverage:
         samples, keys = audio_BK.shape
         self._weight_BR = weight_BR.float()
         self._audio_BK = audio_BK
-        self._coverage_BH = weight_BR.new_zeros((samples, heads))
         self._at: tuple[slice, slice] | None = None
-        self._sum_bhK: Tensor | None = None
         self._together = samples * heads * keys <= blocks.CHUNK_BYTES // _TOGETHER_BYTES
-        if self._together:
-            self._at = (slice(0, samples), slice(0, heads))
-            self._sum_bhK = self._weight_BR.new_zeros((samples, heads, keys))
+        shape = (samples, heads, keys) if self._together else (0, 0, 0)
+        self._sum_bhK = self._weight_BR.new_zeros(shape)
+        self._coverage_BH = weight_BR.new_zeros((samples, heads) if not self._together else (0, 0))
 
     def add(self, block: RowBlock, p_bhrK: Tensor) -> None:
         """Add a block, whose probabilities are overwritten."""
@@ -40,34 +40,41 @@ class Coverage:
         if not self._together and self._at != at:
             self._close()
             self._at, self._sum_bhK = at, torch.zeros_like(p_bhrK[:, :, 0])
-        assert self._sum_bhK is not None
         sum_bhK = p_bhrK.mul_(self._weight_BR[block.samples, None, block.rows, None]).sum(2)
         target_bhK = self._sum_bhK[at] if self._together else self._sum_bhK
         target_bhK += sum_bhK
 
-    def take(self, sum_BHK: Tensor) -> None:
-        """Take the weighted sums of all rows at once, float32, instead of blocks."""
-        samples, heads, _ = sum_BHK.shape
-        self._at, self._sum_bhK = (slice(0, samples), slice(0, heads)), sum_BHK
-
-    def value(self) -> Tensor:
-        """Return float64 (B, H): exp(entropy of the mean distribution over audio keys) ÷ how many of them are visible; 0 … 1.
-
-        0 where nothing of the probability is on audio.
-        """
+    def held(self) -> Tensor:
+        """Return the distributions, float32 (B, H, K), or, where they were not held together, their coverage, float64 (B, H)."""
         self._close()
-        return self._coverage_BH
+        return self._sum_bhK if self._together else self._coverage_BH
 
     def _close(self) -> None:
-        if self._at is None or self._sum_bhK is None:
-            return
-        b, h = self._at
-        sum_bhK = self._sum_bhK.double() * self._audio_BK[b, None]
+        if self._at is not None:
+            b, h = self._at
+            self._coverage_BH[b, h] = covered(self._sum_bhK, self._audio_BK[b])
+            self._at = None
+
+
+def covered(sum_BHK: Tensor, audio_BK: Tensor) -> Tensor:
+    """Return float64 (B, H): exp(entropy of the mean distribution over audio keys) ÷ how many of them are visible; 0 … 1.
+
+    0 where nothing of the probability is on audio. Some samples at once, so that temporaries stay within ``CHUNK_BYTES``, unless those of
+    one sample do not.
+
+    Args:
+        sum_BHK: Weighted sums of the rows' probabilities; H may be heads of several calls.
+        audio_BK: bool: the audio keys that are visible.
+    """
+    samples, heads, keys = sum_BHK.shape
+    parts: list[Tensor] = []
+    for b in some(samples, heads * keys * _COVERED_BYTES):
+        sum_bhK = sum_BHK[b].double() * audio_BK[b, None]
         total_bh = sum_bhK.sum(-1)
         entropy_bh = torch.special.entr(sum_bhK).sum(-1) / total_bh + total_bh.log()
-        visible_b1 = self._audio_BK[b].sum(-1, keepdim=True)
-        self._coverage_BH[b, h] = torch.where(total_bh == 0, 0.0, entropy_bh.exp() / visible_b1)
-        self._at = self._sum_bhK = None
+        visible_b1 = audio_BK[b].sum(-1, keepdim=True)
+        parts.append(torch.where(total_bh == 0, 0.0, entropy_bh.exp() / visible_b1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def monotonicity(index_BR: Tensor, counts_BR: Tensor, mass_BRH: Tensor, place_BRH: Tensor) -> tuple[Tensor, Tensor]:

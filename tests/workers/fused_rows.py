@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from torch import Tensor
 
-from probe.measure.attention import describe
+from probe.measure.attention import reduce_rows, sum_up
 from probe.measure.fused_rows import FusedRows
 from probe.measure.prepared import prepare
 from probe.measure.probabilities import FromScores
@@ -65,13 +65,13 @@ def compared(scores: Scores, self_attention: bool, known: bool) -> dict[str, Any
     given = {"query_modality_BS": query, "key_modality_BK": key, "self_attention": self_attention, "walks": True}
     prepared = prepare(source, choice, **given)
     taken = fused.takes(source, prepared)
-    with_kernel, without = describe(source, prepared, fused=fused), describe(source, prepared)
+    with_kernel, without = (sum_up([reduce_rows(source, prepared, fused=each)], prepared) for each in (fused, None))
     assert fused.failure is None, fused.failure
     return {
         "taken": taken,
-        "finite": bool(without.sums.isfinite().all()),
-        "sums": [with_kernel.sums.tolist(), without.sums.tolist()],
-        "heads": [with_kernel.per_head.flatten().tolist(), without.per_head.flatten().tolist()],
+        "finite": bool(without.sums_LC.isfinite().all()),
+        "sums": [with_kernel.sums_LC[0].tolist(), without.sums_LC[0].tolist()],
+        "heads": [with_kernel.per_head_LQH.flatten().tolist(), without.per_head_LQH.flatten().tolist()],
     }
 
 
@@ -91,7 +91,7 @@ def refused() -> dict[str, bool]:
         source, fused = FromScores(scores), FusedRows(devices=("cpu",))
         prepared = prepare(source, choose_all_valid(1, 20, 8, q.device), query_modality_BS=None, key_modality_BK=None)
         found[name] = fused.takes(source, prepared)
-        describe(source, prepared, fused=fused)
+        reduce_rows(source, prepared, fused=fused)
     return found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -16,7 +16,7 @@ from probe.capture.microbatch import MicroBatch
 from probe.capture.observer import Call, Watcher
 from probe.capture.observers.modality import late_modality, modalities
 from probe.capture.tap import AttentionTap
-from probe.measure.attention import HeadMeanRows, describe, describe_later, finish_later, held_bytes
+from probe.measure.attention import HeadMeanRows, ReducedRows, describe_later, finish_later, held_bytes, reduce_rows, sum_up
 from probe.measure.blocks import NotObservable, RowSource
 from probe.measure.fused_rows import FUSED, FusedRows
 from probe.measure.masks import View
@@ -28,6 +28,8 @@ from probe.records import Site
 #: What of a layer's masses could not be had, and why, stands under the layer's cell with one of these behind it.
 MODALITY, PER_HEAD = "modality", "per_head"
 _HELD = "attention rows held"
+_SHARED = "what attention layers share"
+_WAITING_BYTES = 2**20  # of calls that wait to be summed up together
 _UNKNOWN = "which of its tokens are audio is known neither from the inputs nor from the model's output; padding rows are counted in"
 _LATE = "which of its tokens are audio was known only after it had run: no masses of each head, no monotonicity, no coverage"
 
@@ -53,17 +55,30 @@ class _Held:
     nbytes: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Shared:
     """What a layer's rows were prepared with, and what for: layers of its kind that see the same keys are measured with it, too.
 
-    Holds the masks of that layer by reference until another layer of the kind has others, or the root returns.
+    Holds the masks of that layer by reference until another layer of the kind has others, or the root returns; and, up to
+    ``_WAITING_BYTES``, the calls that are summed up together then.
     """
 
     view: View | None
     query_BS: Tensor | None
     key_BK: Tensor | None
     prepared: Prepared
+    waiting: list[tuple[Site, ReducedRows]] = field(default_factory=list)
+    nbytes: int = 0
+
+    def add(self, site: Site, rows: ReducedRows) -> None:
+        """Let a call wait."""
+        self.waiting.append((site, rows))
+        self.nbytes += rows.nbytes
+
+    def take(self) -> tuple[list[Site], AttentionSums] | None:
+        """Sum up the calls that wait, and let them go; ``None`` if none does."""
+        waiting, self.waiting, self.nbytes = self.waiting, [], 0
+        return ([site for site, _ in waiting], sum_up([rows for _, rows in waiting], self.prepared)) if waiting else None
 
     def fits(self, source: RowSource, query_BS: Tensor | None, key_BK: Tensor | None) -> bool:
         """Tell whether it holds for a call."""
@@ -120,6 +135,8 @@ class AttentionWatcher(Watcher):
     def leave(self, call: Call, buffer: StepBuffer) -> None:
         """At a layer, name it if the tap, which is left by now, saw nothing in it; at the root, finish what waited."""
         if call.site.name == "":
+            for shared in call.micro.scratch.pop(_SHARED, {}).values():
+                _settle(shared, buffer)
             for held in call.micro.scratch.pop(_HELD, ()):
                 self._finish(held, call.micro, buffer)
             return
@@ -140,9 +157,11 @@ class AttentionWatcher(Watcher):
         _, heads, _, keys = source.shape
         query_BS, key_BK = modalities(call, source.shape)
         choice = self._choice(call, source, query_BS, salt=buffer.step or 0)
-        prepared = self._prepared(call, source, choice, query_BS, key_BK)
-        if not self._held(call, source, prepared, buffer, known=query_BS is not None or key_BK is not None):
-            _add(call.site, describe(source, prepared, fused=self._fused), buffer)
+        shared = self._shared(call, source, choice, query_BS, key_BK, buffer)
+        if not self._held(call, source, shared.prepared, buffer, known=query_BS is not None or key_BK is not None):
+            shared.add(call.site, reduce_rows(source, shared.prepared, fused=self._fused))
+            if shared.nbytes > _WAITING_BYTES:
+                _settle(shared, buffer)
             if self._fused.failure is not None:
                 totals.omit(FUSED, self._fused.failure)
         totals.tell(name, (heads, keys, source.how))
@@ -151,22 +170,27 @@ class AttentionWatcher(Watcher):
             worst = check.mismatch(source, choice.index_BR).double().nan_to_num(nan=torch.inf)  # a maximum over ranks may lose a NaN
             totals.add(name, maxima=worst.reshape(1))
 
-    def _prepared(self, call: Call, source: RowSource, choice: RowChoice, query_BS: Tensor | None, key_BK: Tensor | None) -> Prepared:
+    def _shared(
+        self, call: Call, source: RowSource, choice: RowChoice, query_BS: Tensor | None, key_BK: Tensor | None, buffer: StepBuffer
+    ) -> _Shared:
         """Return what does not depend on q and k: that of the layer of the kind before this one, where it sees the same."""
-        kind, scratch = call.site.kind, call.micro.scratch
-        key = ("prepared", kind, source.shape)
-        shared: _Shared | None = scratch.get(key)
-        if shared is None or not shared.fits(source, query_BS, key_BK):
-            prepared = prepare(
-                source,
-                choice,
-                query_modality_BS=query_BS,
-                key_modality_BK=key_BK,
-                self_attention=kind != "cross",
-                walks=kind in ("cross", "joint"),
-            )
-            scratch[key] = shared = _Shared(source.view, query_BS, key_BK, prepared)
-        return shared.prepared
+        kind = call.site.kind
+        known: dict[tuple[object, ...], _Shared] = call.micro.scratch.setdefault(_SHARED, {})
+        key = (kind, source.shape)
+        if key in known and known[key].fits(source, query_BS, key_BK):
+            return known[key]
+        prepared = prepare(
+            source,
+            choice,
+            query_modality_BS=query_BS,
+            key_modality_BK=key_BK,
+            self_attention=kind != "cross",
+            walks=kind in ("cross", "joint"),
+        )
+        if key in known:
+            _settle(known[key], buffer)
+        known[key] = _Shared(source.view, query_BS, key_BK, prepared)
+        return known[key]
 
     def _held(self, call: Call, source: RowSource, prepared: Prepared, buffer: StepBuffer, *, known: bool) -> bool:
         """Hold the rows until the root returns, where that may tell more of them; return whether they are held."""
@@ -201,17 +225,25 @@ class AttentionWatcher(Watcher):
         fits = modality is not None and tuple(modality.shape) == (samples, queries) == (samples, keys)
         buffer.totals.omit(f"{name}/{PER_HEAD if fits else MODALITY}", _LATE if fits else _UNKNOWN)
         modality = modality if fits else None
-        _add(held.site, finish_later(held.rows, modality, modality), buffer)
+        _add([held.site], finish_later(held.rows, modality, modality), buffer)
 
 
-def _add(site: Site, found: AttentionSums, buffer: StepBuffer) -> None:
-    totals, name = buffer.totals, attention_cell(site.name)
-    totals.add(name, sums=found.sums)
-    for key, sums in ((f"own:{name}", found.sums), (f"heads:{name}", found.per_head)):
-        before = totals.local.get(key)
-        buffer.put(key, sums if before is None else sums + before)
-    known = totals.facts.get(f"headwise:{name}", found.headwise)
-    totals.tell(f"headwise:{name}", tuple(what for what in known if what in found.headwise))
+def _settle(shared: _Shared, buffer: StepBuffer) -> None:
+    """Sum up the calls that wait."""
+    found = shared.take()
+    if found is not None:
+        _add(*found, buffer)
+
+
+def _add(sites: Sequence[Site], found: AttentionSums, buffer: StepBuffer) -> None:
+    totals, names = buffer.totals, [attention_cell(site.name) for site in sites]
+    totals.add_rows(names, sums=found.sums_LC)
+    for name, sums_C, per_head_QH in zip(names, found.sums_LC.unbind(), found.per_head_LQH.unbind(), strict=True):
+        for key, sums in ((f"own:{name}", sums_C), (f"heads:{name}", per_head_QH)):
+            before = totals.local.get(key)
+            buffer.put(key, sums if before is None else sums + before)
+        known = totals.facts.get(f"headwise:{name}", found.headwise)
+        totals.tell(f"headwise:{name}", tuple(what for what in known if what in found.headwise))
 
 
 def _heads_of(call: Call) -> int | None:
