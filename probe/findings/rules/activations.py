@@ -46,7 +46,8 @@ def activation_exploding(history: History) -> list[Symptom] | None:
     rows = [row for row in _judged(history.last) if row.rms is not None]
     if not rows:
         return None
-    found = {row.site: told for row in rows if (told := _grown(history, row) or _near_the_end(row)) is not None}
+    usual = _usual_sizes(history, rows)
+    found = {row.site: told for row in rows if (told := _grown(row, usual.get(row.site)) or _near_the_end(row)) is not None}
     if not found:
         return []
     row = _same_as_before(history, _EXPLODING, [row for row in rows if row.site in found])
@@ -96,22 +97,21 @@ def _harmless(record: StepRecord) -> bool:
     return finite_loss and bool(read) and not any(part.nonfinite for part in record.parts)
 
 
-def _grown(history: History, row: SiteStatistics) -> tuple[str, dict[str, float]] | None:
-    assert row.rms is not None
-    known = [
-        finding.evidence["median"]
-        for finding in open_before(history, _EXPLODING)
-        if finding.site == row.site
-        if "median" in finding.evidence
-    ]
-    if not known:
-        outputs = (other for record in history.records[:-1] for other in record.statistics if other.site == row.site)
-        earlier = [other.rms for other in outputs if other.rms is not None]
-        if len(earlier) < EARLIER or row.rms <= SUDDEN * max(earlier):
-            return None
-        known = [median(earlier)]
-    usual = known[0]
-    if not usual or row.rms <= TIMES * usual:
+def _usual_sizes(history: History, rows: list[SiteStatistics]) -> dict[str, float]:
+    """Return, by site, the median of earlier sizes where it has grown suddenly; while that finding is open, the one it began with."""
+    earlier: dict[str, list[float]] = {row.site: [] for row in rows}
+    for record in history.records[:-1]:
+        for row in record.statistics:
+            if row.rms is not None and row.site in earlier:
+                earlier[row.site].append(row.rms)
+    sizes = ((row, earlier[row.site]) for row in rows)
+    sudden = {row.site: median(known) for row, known in sizes if len(known) >= EARLIER and (row.rms or 0) > SUDDEN * max(known)}
+    began = {finding.site: finding.evidence["median"] for finding in open_before(history, _EXPLODING) if "median" in finding.evidence}
+    return {**sudden, **began}
+
+
+def _grown(row: SiteStatistics, usual: float | None) -> tuple[str, dict[str, float]] | None:
+    if not usual or row.rms is None or row.rms <= TIMES * usual:
         return None
     why = f"has rms {row.rms:.3g}, {row.rms / usual:,.0f} times its median before ({usual:.3g}; bound: {TIMES:g} times)"
     return why, {"rms": row.rms, "median": usual, "bound": TIMES * usual}

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from statistics import median
 
 from probe.findings.rule import History, Rule, Symptom
-from probe.findings.rules.streaks import newest
+from probe.findings.rules.streaks import newest, newest_rows
 from probe.records import Attention, SiteStatistics, StepRecord
 
 RECORDS = 3
@@ -84,15 +84,18 @@ def attention_on_first_token(history: History) -> list[Symptom] | None:
 
 def attention_on_padding(history: History) -> list[Symptom] | None:
     """Judge the mass on padding in decoders. Encoders are not judged: Whisper's hears the silence that pads a clip, by design."""
-    judged = [layer for layer in history.last.attention if layer.kind in ("decoder", "joint") and layer.padding is not None]
-    if not judged:
+
+    def masses(record: StepRecord) -> list[Attention]:
+        return [layer for layer in record.attention if layer.kind in ("decoder", "joint") and layer.padding is not None]
+
+    if not masses(history.last):
         return None
     found = []
-    for layer in judged:
-        masses = newest(history, 2, lambda record, site=layer.site: _padding(record, site))  # type: ignore[misc]
-        if masses and min(masses) > PADDING:
-            message = f"{masses[-1]:.1%} of the attention lies on padding (bound: {PADDING:.0%}, twice in a row)"
-            found.append(Symptom(message, layer.site, {"padding": masses[-1], "bound": PADDING}))
+    for site, rows in newest_rows(history, 2, masses).items():
+        padding = [row.padding or 0.0 for row in rows]
+        if padding and min(padding) > PADDING:
+            message = f"{padding[-1]:.1%} of the attention lies on padding (bound: {PADDING:.0%}, twice in a row)"
+            found.append(Symptom(message, site, {"padding": padding[-1], "bound": PADDING}))
     return found
 
 
@@ -100,8 +103,7 @@ def branch_dead(history: History) -> list[Symptom] | None:
     """Judge feed-forward branches: what comes out, what gradient they get, whether audio takes the audio branch."""
     if not history.last.branches:
         return None
-    rows = [row for row in history.last.statistics if row.role == "feed_forward"]
-    found = [symptom for row in rows if (symptom := _silent_branch(history, row)) is not None]
+    found = _silent_branches(history)
     found += [symptom for name in ("text_branch", "audio_branch") if (symptom := _untrained_branch(history, name)) is not None]
     passed = newest(history, 2, lambda record: _audio_tokens(record) if record.checks and record.checks.audio_labels else None)
     if passed and not any(passed):
@@ -116,20 +118,18 @@ def _at(layer: Attention, message: str, **evidence: float) -> Symptom:
 
 def _lasting(history: History, what: str, judge: Callable[[Attention], float | None]) -> list[tuple[Attention, float]] | None:
     """Return the layers, and their last value, that ``judge`` finds wanting in the newest 3 records; ``None`` if none has the number."""
-    judged = [layer for layer in history.last.attention if _heads(layer, what) and layer.keys >= KEYS]
-    if not judged:
+
+    def measured(record: StepRecord) -> list[Attention]:
+        return [layer for layer in record.attention if layer.keys >= KEYS and _heads(layer, what)]
+
+    if not measured(history.last):
         return None
     found = []
-    for layer in judged:
-        rows = newest(history, RECORDS, lambda record, site=layer.site: _layer(record, site, what))  # type: ignore[misc]
-        values = [judge(row) for row in rows or ()]
+    for rows in newest_rows(history, RECORDS, measured).values():
+        values = [judge(row) for row in rows]
         if values and values[-1] is not None and all(value is not None for value in values):
-            found.append((layer, values[-1]))
+            found.append((rows[-1], values[-1]))
     return found
-
-
-def _layer(record: StepRecord, site: str, what: str) -> Attention | None:
-    return next((row for row in record.attention if row.site == site and row.keys >= KEYS and _heads(row, what)), None)
 
 
 def _heads(layer: Attention, what: str) -> tuple[float, ...]:
@@ -153,23 +153,20 @@ def _is_usual_sink(record: StepRecord, layer: Attention) -> bool:
     return bool(others) and median(others) >= SINKS and min(others) <= FIRST
 
 
-def _padding(record: StepRecord, site: str) -> float | None:
-    return next((row.padding for row in record.attention if row.site == site), None)
+def _silent_branches(history: History) -> list[Symptom]:
+    """Return a symptom for each branch that receives tokens and gives nothing but 0, although its weights are being updated."""
 
-
-def _silent_branch(history: History, row: SiteStatistics) -> Symptom | None:
-    """Return a symptom if a branch that receives tokens gives nothing but 0 although its weights are being updated."""
-
-    def size(record: StepRecord) -> float | None:
-        mine = next((one for one in record.statistics if one.site == row.site and one.elements), None)
+    def updated(record: StepRecord) -> list[SiteStatistics]:
         rates = record.optimisation.learning_rates if record.optimisation is not None else ()
-        return mine.rms if mine is not None and (not rates or max(rates) > 0) else None
+        rows = record.statistics if not rates or max(rates) > 0 else ()
+        return [row for row in rows if row.role == "feed_forward" and row.elements and row.rms is not None]
 
-    sizes = newest(history, RECORDS, size)
-    if not sizes or any(sizes):
-        return None
     message = f"its output is 0 everywhere in {RECORDS} sampled steps in a row, although it receives tokens"
-    return Symptom(message, row.site, {"rms": 0.0, "elements": float(row.elements)})
+    return [
+        Symptom(message, site, {"rms": 0.0, "elements": float(rows[-1].elements)})
+        for site, rows in newest_rows(history, RECORDS, updated).items()
+        if rows and not any(row.rms for row in rows)
+    ]
 
 
 def _untrained_branch(history: History, name: str) -> Symptom | None:

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
 
 from probe.findings.rule import History
 from probe.records import StepRecord
 
 T = TypeVar("T")
+
+
+class _OfSite(Protocol):
+    @property
+    def site(self) -> str:
+        """The site that the row is of."""
+
+
+Row = TypeVar("Row", bound=_OfSite)
 
 
 def newest(history: History, count: int, read: Callable[[StepRecord], T | None]) -> tuple[T, ...] | None:
@@ -21,8 +30,33 @@ def newest(history: History, count: int, read: Callable[[StepRecord], T | None])
     """
     if read(history.last) is None:
         return None
-    found = [value for record in history.records if (value := read(record)) is not None]
-    return tuple(found[-count:]) if len(found) >= count else ()
+    found: list[T] = []
+    for record in reversed(history.records):
+        if (value := read(record)) is not None:
+            found.append(value)
+        if len(found) == count:
+            return tuple(reversed(found))
+    return ()
+
+
+def newest_rows(history: History, count: int, rows: Callable[[StepRecord], Iterable[Row]]) -> dict[str, tuple[Row, ...]]:
+    """Return, for each site of which the last record has a row, its rows of the newest ``count`` records that have one, oldest first.
+
+    As :func:`newest` for each of these sites, in one pass over the records. The sites are in the last record's order.
+
+    Returns:
+        An empty tuple for a site of which fewer than ``count`` records have a row.
+    """
+    found: dict[str, list[Row]] = {row.site: [] for row in rows(history.last)}
+    open_sites = set(found)
+    for record in reversed(history.records):
+        if not open_sites:
+            break
+        for site, row in {row.site: row for row in rows(record) if row.site in open_sites}.items():
+            found[site].append(row)
+            if len(found[site]) == count:
+                open_sites.remove(site)
+    return {site: () if site in open_sites else tuple(reversed(kept)) for site, kept in found.items()}
 
 
 def spanning(history: History, *, steps: int, records: int) -> tuple[StepRecord, ...]:
