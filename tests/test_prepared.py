@@ -18,7 +18,8 @@ from probe.capture.observer import Call
 from probe.capture.observers import attention as watching
 from probe.capture.observers.attention import AttentionWatcher, attention_cell
 from probe.foreign.torch_private import identity
-from probe.measure.attention import describe
+from probe.measure.attention import reduce_rows, sum_up
+from probe.measure.blocks import RowSource
 from probe.measure.masks import View, view_of
 from probe.measure.prepared import Prepared, prepare
 from probe.measure.probabilities import FromScores, FromSoftmax
@@ -37,6 +38,10 @@ class Layer(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
         return F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+
+
+def sums(source: RowSource, prepared: Prepared) -> Tensor:
+    return sum_up([reduce_rows(source, prepared)], prepared).sums_LC[0]
 
 
 def tensors(seed: int, *, keys: int = S) -> tuple[Tensor, Tensor]:
@@ -81,6 +86,7 @@ def watch(layers: Sequence[tuple[str, Tensor | None]], known: Callable[[int], An
         call.output = call.module(*call.args)
         call.entered.close()
         watcher.leave(call, buffer)
+    watcher.leave(Call(Site("", "model", ""), nn.Identity(), micro, (), {}), buffer)
     return buffer
 
 
@@ -97,7 +103,7 @@ def test_layers_that_see_the_same_share_and_are_measured_as_by_themselves(
     for n, (kind, mask) in enumerate(layers):
         source = FromScores(Scores(*tensors(n), mask=mask))
         alone = prepare(source, choice, query_modality_BS=known, key_modality_BK=known, self_attention=True, walks=kind == "joint")
-        expected = describe(source, alone).sums
+        expected = sums(source, alone)
         torch.testing.assert_close(buffer.totals.sums[attention_cell(f"layer{n}")], expected, rtol=1e-12, atol=0)
 
 
@@ -219,7 +225,7 @@ def test_large_masks_and_those_of_each_head_are_worked_out_by_block(large: bool)
         whole = prepare(source, choice, **given)
         assert whole.masks is not None
         without = replace(whole, masks=None, groups_BKM=None)
-        torch.testing.assert_close(describe(source, without).sums, describe(source, whole).sums)
+        torch.testing.assert_close(sums(source, without), sums(source, whole))
     else:
         assert prepare(source, choice, **given).masks is None
     wide = FromScores(Scores(torch.randn(1, 1, 64, 2), torch.randn(1, 1, 4_000, 2), causal_offset=0))
@@ -237,4 +243,4 @@ def test_slots_that_count_for_nothing_read_a_row_that_counts() -> None:
     source = FromScores(Scores(q, k))
     made = prepare(source, choice, query_modality_BS=known, key_modality_BK=known)
     assert made.choice.index_BR.tolist() == [[0, 0, 2]] * B
-    assert describe(source, made).sums.isfinite().all()
+    assert sums(source, made).isfinite().all()

@@ -25,6 +25,7 @@ from probe.measure.walk import Coverage, covered, monotonicity
 
 # What is reduced from each row, in this order; then GROUPS.
 _RAW = ("entropy", "sum_of_squares", "top", "band", "distance", "sink")
+_NORM_COLUMNS = 1 << 15
 _OF_ROWS = (*SHAPE, *MASSES)
 # Of which of these the quantities are made.
 _OF = {"entropy_nats": "entropy", "effective_keys": "sum_of_squares", "first_token": "first"}
@@ -176,7 +177,7 @@ def _reduce(source: RowSource, prepared: Prepared, each: Callable[[RowBlock, Ten
         if masses:
             groups_bKM = prepared.groups(b)
             masses_bnM = torch.bmm(p_bhrK.flatten(1, 2).to(groups_bKM.dtype), groups_bKM)
-            raw_QBHR[len(_RAW) :, b, h, r] = masses_bnM.view(*p_bhrK.shape[:3], -1).permute(3, 0, 1, 2)
+            raw_QBHR[len(_RAW) :, b, h, r] = masses_bnM.view(*p_bhrK.shape[:3], -1)[..., : len(GROUPS)].permute(3, 0, 1, 2)
         if each is not None:
             each(block, p_bhrK)
         del block, p_bhrK  # before the next block is made
@@ -190,7 +191,7 @@ def _alone(block: RowBlock, prepared: Prepared, keys: int) -> list[Tensor]:
     entropy_bhr = block.entropy
     if entropy_bhr is None:  # p log p is 0 where p is
         entropy_bhr = -torch.clamp(p_bhrC, min=torch.finfo(p_bhrC.dtype).tiny, out=spare).log_().mul_(p_bhrC).sum(-1)
-    square_bhr = torch.mul(p_bhrC, p_bhrC, out=spare).sum(-1)
+    square_bhr = _squares(p_bhrC, spare)
     top_bhr = p_bhrC[..., :keys].amax(-1) if block.top is None else block.top
     band_bhr, distance_bhr = prepared.where.near(block.samples, block.rows, p_bhrC[..., :keys], spare[..., :keys])
     return [part.float() for part in (entropy_bhr, square_bhr, top_bhr, band_bhr, distance_bhr)]
@@ -213,6 +214,14 @@ def _walks(raw_QBHR: Tensor, walked: Sequence[Tensor], prepared: Prepared) -> tu
 
 def _side_by_side(parts: Sequence[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
+
+
+def _squares(p_bhrC: Tensor, spare: Tensor) -> Tensor:
+    """Return the sum of each row's squares, in one pass; in two over rows so long that the CPU's norm, which does not pair, is off."""
+    if p_bhrC.shape[-1] <= _NORM_COLUMNS:
+        norm_bhr: Tensor = torch.linalg.vector_norm(p_bhrC, dim=-1)
+        return norm_bhr.square_()
+    return torch.mul(p_bhrC, p_bhrC, out=spare).sum(-1)
 
 
 def _add_up(raw_QBHR: Tensor, quantities: tuple[str, ...], weights: Weights) -> Tensor:

@@ -24,7 +24,7 @@ ELEMENT_BYTES, CPU_ELEMENT_BYTES = 16, 8
 #: What one (row, key) pair takes beside that, whatever the number of heads: distances and, unless they are there already, masks.
 PAIR_BYTES, MASKED_PAIR_BYTES = 24, 8
 #: What one key of one sample takes, whatever the number of rows: which groups of keys it is in.
-KEY_BYTES = 64
+KEY_BYTES = 80
 _FEW_ROWS = 8
 
 

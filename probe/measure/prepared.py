@@ -15,7 +15,7 @@ from probe.measure.masks import RowMasks
 from probe.measure.places import OwnKeys, Shares, places
 from probe.measure.quantities import MASSES, SHAPE
 from probe.measure.rows import RowChoice
-from probe.measure.sight import GROUPS, Sight, check_call, look
+from probe.measure.sight import COLUMNS, Sight, check_call, look
 
 _KEPT_SHARE = 4  # of a block: what masks and places may take
 
@@ -107,7 +107,7 @@ def prepare(
         keep_bytes = chunk_bytes(source.shape) // _KEPT_SHARE
         where = places(choice, keys, query_BS, key_BK, self_attention=self_attention, keep_bytes=keep_bytes)
         dtype = multiplied_in(source.device)
-        kept = samples * keys * len(GROUPS) * dtype.itemsize <= keep_bytes
+        kept = samples * keys * COLUMNS * dtype.itemsize <= keep_bytes
         groups_BKM = sight.columns(slice(0, samples), dtype) if kept else None
         text_BR = weights.factor_BRQ[..., len(SHAPE) + MASSES.index("text_to_audio")]
         return Prepared(_counted(choice, sight), masks, sight, where, weights, text_BR, groups_BKM)

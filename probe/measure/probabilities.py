@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -44,8 +44,9 @@ __all__ = ["FromScores", "FromSoftmax", "NotObservable", "RowBlock", "RowSource"
 
 _MASK_BYTES = 8  # of one head's mask function at one (row, key) pair: an int64 on the way to a bool
 _GATHERED_BYTES = 12  # of one probability that is gathered: itself, its score, where that allows it
-# exp of these is 0 in float32 (float64): a score so far below the largest adds to no sum, and -inf there would make 0 * -inf.
-_FLOOR = {torch.float32: -200.0, torch.float64: -1500.0}
+# 2 to the power of these is 0 in float32 (float64): a score so far below the largest adds to no sum, and -inf would make 0 * -inf.
+_FLOOR = {torch.float32: -300.0, torch.float64: -2200.0}
+_LOG2_E = 1 / math.log(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +121,7 @@ class FromScores:
         each = element_bytes(self.device, wide=given.q_BHSD.dtype == torch.float64)
         converted = given.k_BhKD.dtype not in (torch.float32, torch.float64) or given.autocast_dtype is not None
         costs = Costs(chunk_bytes(self.shape), each, pair, heads // given.k_BhKD.shape[1], converted)
-        for b, h, r in plan(samples, heads, index_BR.shape[1], keys, costs):
+        for b, h, r in _fewest(samples, heads, index_BR.shape[1], keys, costs):
             yield self._block(index_BR[b, r], b, h, r, masks)
 
     def _block(self, index_br: Tensor, b: slice, h: slice, r: slice, masks: RowMasks | None) -> RowBlock:
@@ -128,7 +129,9 @@ class FromScores:
         given, keys = self.scores, self.shape[3]
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
             here = row_masks(given, index_br, b, h) if masks is None else masks.of(b, r)
-            scores_bhrK = products(given, index_br, b, h, chunk_bytes(self.shape) // 2)
+            # Powers of two are taken of what is made of products alone: no further pass over them is needed then.
+            binary = given.softcap is None and given.sinks_H is None and given.bias is None and not _is_added(given.mask)
+            scores_bhrK = products(given, index_br, b, h, chunk_bytes(self.shape) // 2, times=_LOG2_E if binary else 1.0)
             if given.softcap is not None:
                 scores_bhrK = scores_bhrK.div_(given.softcap).tanh_().mul_(given.softcap)
             bias = bias_rows(given, index_br, b, h)
@@ -138,6 +141,8 @@ class FromScores:
             if given.sinks_H is not None:
                 sink_1h11 = given.sinks_H.detach()[h].to(scores_bhrK.dtype)[None, :, None, None]
                 scores_bhrK = torch.cat((scores_bhrK, sink_1h11.expand(*scores_bhrK.shape[:3], 1)), -1)
+            if not binary:
+                scores_bhrK *= _LOG2_E
             return _softmax(RowBlock(b, h, r, scores_bhrK), here.blind, keys, floor=bias is not None)
 
 
@@ -226,6 +231,16 @@ class FromSoftmax:
         return part.gather(2, index_br[:, None, :, None].expand(-1, part.shape[1], -1, part.shape[3]))
 
 
+def _is_added(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype != torch.bool
+
+
+def _fewest(samples: int, heads: int, rows: int, keys: int, costs: Costs) -> list[tuple[slice, slice, slice]]:
+    """Return the plan with all rows of a head in one block, where that takes no more blocks: its keys are read once then."""
+    by_rows, by_heads = (list(plan(samples, heads, rows, keys, replace(costs, all_rows=whole))) for whole in (costs.all_rows, True))
+    return by_heads if len(by_heads) <= len(by_rows) else by_rows
+
+
 def _check_shapes(q: Tensor, k: Tensor) -> None:
     if q.is_nested or k.is_nested:
         raise NotObservable("q or k is a nested tensor")
@@ -245,7 +260,7 @@ def _softmax(block: RowBlock, blind: Tensor | None, keys: int, *, floor: bool) -
     because on the CPU exp of what underflows, such as every hidden key, takes some 25 times as long (MKL's ``vsExp``).
 
     Args:
-        block: Scores as ``p``.
+        block: Scores ÷ log 2 as ``p``.
         blind: Rows that see no key, if any may be.
         keys: Columns that are keys.
         floor: Whether scores may be -inf (of masks they are not).
@@ -254,7 +269,7 @@ def _softmax(block: RowBlock, blind: Tensor | None, keys: int, *, floor: bool) -
     z_bhrC -= z_bhrC.amax(-1, keepdim=True)
     if floor:
         z_bhrC.clamp_(min=_FLOOR[z_bhrC.dtype])
-    p_bhrC = z_bhrC.mul_(1 / math.log(2)).exp2()
+    p_bhrC = z_bhrC.exp2()
     sum_bhr = p_bhrC.sum(-1)
     if blind is not None:
         sum_bhr = sum_bhr.masked_fill(blind, torch.inf)

@@ -12,8 +12,11 @@ from torch import Tensor
 from probe.measure.scores import Scores
 
 
-def products(given: Scores, index_br: Tensor, b: slice, h: slice, limit: int) -> Tensor:
-    """Return q @ k^T * scale of the rows, (b, h, r, K), in float32 (float64 for float64 input); temporaries within ``limit`` bytes."""
+def products(given: Scores, index_br: Tensor, b: slice, h: slice, limit: int, *, times: float = 1.0) -> Tensor:
+    """Return q @ k^T * scale * times of the rows, (b, h, r, K), in float32 (float64 for float64 input).
+
+    Temporaries are within ``limit`` bytes.
+    """
     q_BHSD, k_BhKD = given.q_BHSD.detach(), given.k_BhKD.detach()
     heads, width = q_BHSD.shape[1], q_BHSD.shape[3]
     group = heads // k_BhKD.shape[1]
@@ -21,7 +24,7 @@ def products(given: Scores, index_br: Tensor, b: slice, h: slice, limit: int) ->
     rounded = given.autocast_dtype if compute == torch.float32 else None
     q_bhSD = q_BHSD[b, h]
     q_bhrD = q_bhSD.gather(2, index_br[:, None, :, None].expand(-1, q_bhSD.shape[1], -1, width))
-    q_bhrD = _round(q_bhrD, rounded).to(compute) * (width**-0.5 if given.scale is None else given.scale)
+    q_bhrD = _round(q_bhrD, rounded).to(compute) * ((width**-0.5 if given.scale is None else given.scale) * times)
     shared = slice(h.start // group, (h.stop - 1) // group + 1)
     k_bhKD = k_BhKD[b if k_BhKD.shape[0] > 1 else slice(None), shared].expand(q_bhrD.shape[0], -1, -1, -1)
     q_bhND = q_bhrD.reshape(k_bhKD.shape[0], k_bhKD.shape[1], -1, width)

@@ -18,6 +18,8 @@ from probe.sites.modality import AUDIO, PADDING, REFERENCE, TEXT, UNKNOWN
 
 #: Columns of :meth:`Sight.columns`; audio includes the reference.
 GROUPS = ("padding", "text", "audio", "reference", "first", "place")
+#: With two of zeros: the CPU multiplies by 8 columns faster than by 6.
+COLUMNS = 8
 _SEEN_BYTES = 16  # of one (row, key) pair that is counted
 
 
@@ -45,14 +47,14 @@ class Sight:
     text_audio_BK: Tensor | None
 
     def columns(self, b: slice, dtype: torch.dtype) -> Tensor:
-        """Return (b, K, M): 1 where a key is in a group; in the last column its number, where it is audio or reference."""
+        """Return (b, K, ``COLUMNS``): 1 where a key is in a group; in that of places its number, where it is audio or reference."""
         key_bK1 = self.key_BK[b, :, None]
         place_K1 = torch.arange(key_bK1.shape[1], device=key_bK1.device)[:, None]
-        groups_bKM = key_bK1.new_zeros((*key_bK1.shape[:2], len(GROUPS)), dtype=dtype)
+        groups_bKM = key_bK1.new_zeros((*key_bK1.shape[:2], COLUMNS), dtype=dtype)
         groups_bKM[..., :4] = key_bK1 == torch.arange(4, device=key_bK1.device)
         groups_bKM[..., 2] += groups_bKM[..., 3]
         groups_bKM[..., 4:5] = place_K1 == self.first_B1[b, None]
-        groups_bKM[..., 5:] = (key_bK1 >= AUDIO) * place_K1
+        groups_bKM[..., 5:6] = (key_bK1 >= AUDIO) * place_K1
         return groups_bKM
 
     def row_weights(self, *, sinks: bool, distances: bool) -> Tensor:

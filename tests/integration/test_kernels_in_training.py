@@ -325,7 +325,9 @@ def test_a_record_is_that_of_eager_attention(name: str, monkeypatch: pytest.Monk
     assert len(keys) > 5
     assert {key for key in flash.metrics if key.startswith("probe/attention/")} == keys
     for key in keys:
-        assert flash.metrics[key] == pytest.approx(eager.metrics[key], abs=2e-5), key
+        # Two rows whose centres of attention are just about the distance apart at which they tie count, or do not.
+        tolerance = 5e-4 if key.endswith("/monotonicity") else 2e-5
+        assert flash.metrics[key] == pytest.approx(eager.metrics[key], abs=tolerance), key
 
 
 @HAS_BLOCK_MASKS
