@@ -37,7 +37,7 @@ class AttentionRow:
         clips: Batch.
         kind: encoder (self-attention over 1,500 frames), decoder or cross (64 tokens over 1,500 frames).
         layer_ms: The layer's own forward: projections, kernel, output projection.
-        first_ms: What the probe adds in the first call of a kind in a micro-batch.
+        first_ms: What the probe adds in the first call of a kind in a micro-batch, its share of what is done when the root returns in it.
         later_ms: In a later one.
         first: That over the layer's own forward.
         later: The same of later calls.
@@ -152,12 +152,17 @@ def _kind(name: str) -> str:
 
 
 def _rows(size: str, clips: int, own: Mapping[str, Sequence[float]], added: Mapping[str, Sequence[float]]) -> list[AttentionRow]:
-    """Return a row a kind, and one of all layers together with what is done when the root returns."""
+    """Return a row a kind, and one of all layers together.
+
+    What is summed up for all layers when the root returns is shared out to them alike.
+    """
     rows = []
+    together = [seconds / len(own) for seconds in added[""]]
+    each = {name: [mine + share for mine, share in zip(added[name], together, strict=True)] for name in own}
     for kind in KINDS:
         first, *later = [name for name in own if _kind(name) == kind]
         layer = statistics.median(seconds for name in (first, *later) for seconds in own[name])
-        again = [a for name in later for a in added[name]]
+        again = [a for name in later for a in each[name]]
         over = [b for name in later for b in own[name]]
         rows.append(
             AttentionRow(
@@ -165,9 +170,9 @@ def _rows(size: str, clips: int, own: Mapping[str, Sequence[float]], added: Mapp
                 clips,
                 kind,
                 layer * 1e3,
-                statistics.median(added[first]) * 1e3,
+                statistics.median(each[first]) * 1e3,
                 statistics.median(again) * 1e3,
-                ratio(added[first], own[first]),
+                ratio(each[first], own[first]),
                 ratio(again, over),
             )
         )

@@ -30,8 +30,8 @@ def config_dropout(model: nn.Module) -> float | None:
 def _drops(module: nn.Module) -> bool:
     if isinstance(module, _LAYERS):
         return bool(module.p > 0)
-    # The type first: of the thousands of attributes of a model few are numbers, and this runs in every sampled step.
-    return any(isinstance(value, (int, float)) and _is_rate(name, value) and value > 0 for name, value in vars(module).items())
+    # The name first: of the thousands of attributes of a model few are rates, and this runs in every sampled step.
+    return any("drop" in name and _is_rate(name, value) and value > 0 for name, value in vars(module).items())
 
 
 def _is_rate(name: str, value: Any) -> bool:
