@@ -25,7 +25,7 @@ ROWS, KEYS, LAYERS = 64, 1500, 4
 SHARE, MEMORY_SHARE = 0.05, 1 / 20
 KINDS = ("encoder", "decoder", "cross")
 MIB = 1 << 20
-_FIXED = "recomputing 64 rows and reducing them in float64 is a fixed cost a call; it weighs most where the layer itself is small"
+_FIXED = "recomputing 64 of the rows and reducing them is a fixed cost a call; it weighs most where the layer itself is small"
 
 
 @dataclass(frozen=True)
@@ -200,9 +200,7 @@ def target(rows: Sequence[AttentionRow], memory: Sequence[AttentionMemory]) -> l
         f"<= {SHARE:.0%} of the layer's own forward",
         said,
         met,
-        ""
-        if met
-        else "recomputing 64 of the rows and reducing them in float64 is a fixed cost a call; it weighs most where the layer is small",
+        "" if met else _FIXED,
     )
     within = share.extra_mib <= MEMORY_SHARE * share.matrix_mib
     held = Target(
