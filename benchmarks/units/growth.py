@@ -18,7 +18,9 @@ from benchmarks.units.training import quiet
 from benchmarks.units.workloads import Workload, llama
 
 LAYERS = (2, 4, 8, 16, 32)
-TOKENS = (512, 1024, 2048, 4096)
+#: 8 to 64 MiB: none of them lies in a core's cache, whose speed would be another.
+TOKENS = (4096, 8192, 16384, 32768)
+ROUNDS = 16
 MICRO_BATCHES = (1, 2, 4, 8)
 EARLY, LATE, SPAN = 10, 2000, 100
 MOST_EXPONENT = 1.1
@@ -55,13 +57,13 @@ class Ageing:
     over_early: Estimate
 
 
-def over_sites(device: torch.device, *, layers: Sequence[int] = LAYERS, rounds: int = 8) -> Growth:
+def over_sites(device: torch.device, *, layers: Sequence[int] = LAYERS, rounds: int = ROUNDS) -> Growth:
     """Measure Llamas of tiny width with more and more layers: two sites a layer."""
     added = [_added(llama(vocabulary=256, rows=1, tokens=16, width=64, layers=n), device, rounds=rounds) for n in layers]
     return fit("sites", [n * 2 for n in layers], added)
 
 
-def over_bytes(device: torch.device, *, tokens: Sequence[int] = TOKENS, rounds: int = 8) -> Growth:
+def over_bytes(device: torch.device, *, tokens: Sequence[int] = TOKENS, rounds: int = ROUNDS) -> Growth:
     """Measure one chain of wide identities, fed more and more: only statistics look at it, and their cost is of its bytes."""
     added = []
     for count in tokens:
@@ -69,7 +71,7 @@ def over_bytes(device: torch.device, *, tokens: Sequence[int] = TOKENS, rounds: 
     return fit("KiB of an activation", [count * _WIDTH * 4 // 1024 for count in tokens], added)
 
 
-def over_micro_batches(device: torch.device, *, counts: Sequence[int] = MICRO_BATCHES, rounds: int = 8) -> Growth:
+def over_micro_batches(device: torch.device, *, counts: Sequence[int] = MICRO_BATCHES, rounds: int = ROUNDS) -> Growth:
     """Measure steps of more and more micro-batches."""
     load = llama(vocabulary=256, rows=1, tokens=16, width=64, layers=4)
     return fit("micro-batches", list(counts), [_added(load, device, rounds=rounds, micro_batches=count) for count in counts])
