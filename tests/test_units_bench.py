@@ -209,6 +209,8 @@ def test_growth_is_judged_by_exponent_and_ageing() -> None:
     flat, older = growth.Ageing("a", "b", 1.0, sure(1.0)), growth.Ageing("a", "b", 1.0, sure(1.2))
     assert [target.met for target in growth.targets([row, fast], flat)] == [True, False, True]
     assert growth.targets([row], older)[-1].met is False
+    wide = growth.Ageing("a", "b", 1.0, Estimate(1.2, 1.05, 1.4))
+    assert (growth.targets([row], wide)[-1].met, growth.targets([row], wide)[-1].why[:9]) == (None, "undecided")
 
 
 def test_what_a_site_adds_is_measured() -> None:
