@@ -9,18 +9,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MIB = 1 << 20
-#: Operators that make the host wait for the device, or whose result has a size that only the device knows.
-SYNCS = (
-    "_local_scalar_dense",
-    "nonzero",
-    "is_nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "equal",
-    "bincount",
-)
 
 
 def peak_mib(call: Callable[[], Any]) -> float:

@@ -13,18 +13,20 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 MIB = 1 << 20
-# Operators that make the host wait for a device, or whose result has a size that only the device knows.
-_SYNCS = {
-    "_local_scalar_dense",
-    "nonzero",
-    "is_nonzero",
-    "masked_select",
-    "_unique2",
-    "unique_dim",
-    "unique_consecutive",
-    "equal",
-    "bincount",
-}
+#: Operators that make the host wait for a device, or whose result has a size that only the device knows.
+SYNCS = frozenset(
+    (
+        "_local_scalar_dense",
+        "nonzero",
+        "is_nonzero",
+        "masked_select",
+        "_unique2",
+        "unique_dim",
+        "unique_consecutive",
+        "equal",
+        "bincount",
+    )
+)
 # Functions that bring values to the host and dispatch none of these operators where the tensor lies there already.
 _READS = {"tolist", "numpy", "cpu", "__array__"}
 _BY_INDEX = {"index", "index_put", "index_put_", "_index_put_impl_"}
@@ -83,7 +85,7 @@ class _Operators(TorchDispatchMode):
         aliases = _aliases(func)
         self.views += aliases
         self.kernels += not aliases
-        self.syncs += name in _SYNCS or (name in _BY_INDEX and _by_mask(args[1]))
+        self.syncs += name in SYNCS or (name in _BY_INDEX and _by_mask(args[1]))
         return func(*args, **(kwargs or {}))
 
 

@@ -80,4 +80,4 @@ def sums_of(sampled: Tensor, numerators: Mapping[tuple[str, ...], Tensor], weigh
     each = [values if values.shape[1] == heads else torch.zeros_like(values).expand(-1, heads, -1) for values in parts.values()]
     per_head_LHQ = torch.cat([*each, missing_LQ[:, None].expand(-1, heads, -1)], 2)
     sums_LC = torch.cat((sampled.expand(calls, 1), *means, missing_LQ, *weights), 1)
-    return AttentionSums(sums_LC, per_head_LHQ.transpose(1, 2), headwise)
+    return AttentionSums(sums_LC, per_head_LHQ.transpose(1, 2).contiguous(), headwise)

@@ -18,6 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 import costs
 import models
 import probe
+from benchmarks.overhead.counting import SYNCS
 from models.case import Case
 from models.running import VARIANTS, assert_identical, run
 from probe.attachment import REGISTRY
@@ -135,8 +136,8 @@ def test_sampled_steps_add_no_synchronisation(case: Case, variant: str) -> None:
     """A sampled step dispatches as many operators that would make the host wait for the device as the same step without the probe."""
     plain = operators_by_step(case, None, max_steps=2, **VARIANTS[variant])
     watched = operators_by_step(case, attacher(every=1, keep={"audio_encoder"}), max_steps=2, **VARIANTS[variant])
-    extra = Counter(name for step in watched.steps for name in step if name in costs.SYNCS)
-    extra.subtract(name for step in plain.steps for name in step if name in costs.SYNCS)
+    extra = Counter(name for step in watched.steps for name in step if name in SYNCS)
+    extra.subtract(name for step in plain.steps for name in step if name in SYNCS)
     assert {name: count for name, count in extra.items() if count} == {}
 
 

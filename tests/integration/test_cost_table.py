@@ -18,6 +18,7 @@ from transformers import TrainerCallback, WhisperConfig, WhisperForConditionalGe
 import costs
 import models
 import probe
+from benchmarks.overhead.counting import SYNCS
 from models.running import run
 from probe.attachment import REGISTRY
 from probe.capture.meter import Meter
@@ -31,7 +32,7 @@ SITES = 3 * LAYERS + 2  # attention layers, the encoder and the head; the root's
 # probe: the most there may be, and beside it what there are. A bound is lowered when a part gets cheaper, and never raised in silence.
 BOUNDS = {
     "statistics": 6 * (SITES + 1),  # 35
-    "attention": 1_230,  # 1,226: some 50 a layer, 100 with walks, and 100 a kind that its layers share
+    "attention": 920,  # 905: some 30 a layer and block, and what a kind's layers share: 100, and 20 to sum up, or 75 with walks
     "heads": 150,  # 146: one chunk of logits
     "checks": 122,  # 119: hashes of two tensors, ids and labels
     "audio_checks": 48,  # 46
@@ -59,7 +60,7 @@ class ByPart(TorchDispatchMode):
         if self.meter._open:
             part = self.meter._open[-1].part
             self.launched[part] += costs.launches(func)
-            self.waits[part] += func.overloadpacket.__name__ in costs.SYNCS
+            self.waits[part] += func.overloadpacket.__name__ in SYNCS
         return func(*args, **(kwargs or {}))
 
 
@@ -126,7 +127,7 @@ def test_operations_by_part(watched: Any) -> None:
     over = {part: (count, BOUNDS[part]) for part, count in found.items() if count > BOUNDS[part]}
     assert over == {}
     loose = {part: (count, BOUNDS[part]) for part, count in found.items() if count < 0.6 * BOUNDS[part]}
-    assert set(loose) <= {"statistics", "attention"}, "lower these bounds"  # those two are bounds of the contract, a site and a call
+    assert set(loose) <= {"statistics"}, "lower these bounds"  # that is a bound of the contract, a site
     assert {part: count for part, count in counted.waits.items() if count} == {}
 
 
