@@ -1,30 +1,19 @@
-"""One ``train()`` call under observation: the wrapped ``training_step``, the conductor in the callback list, publication."""
+"""One ``train()`` call under observation: what is wired into the Trainer, and what each of its events does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 from transformers.trainer_callback import TrainerState
 
-from probe.capture.arguments import shallow
-from probe.capture.observer import StepEnd
-from probe.capture.schedule import in_cadence, is_sampled
+from probe.capture.schedule import in_cadence
 from probe.diagnosis import Diagnosis
 from probe.foreign.patching import wrap_instance_method
 from probe.foreign.trainer_loss import LossSettings, read_loss_settings
-from probe.foreign.trainer_private import (
-    add_last,
-    gradient_scale,
-    gradients_complete,
-    insert_first,
-    outermost_module,
-    processing_class,
-    remove_callback,
-    still_scaled,
-)
+from probe.foreign.trainer_private import add_last, insert_first, outermost_module, processing_class, remove_callback, still_scaled
 from probe.metrics import headline
 from probe.observation import Observation
 from probe.publication import Publisher, Show
@@ -34,6 +23,7 @@ from probe.settings import Options
 from probe.sinks.run_folder import RunFolder
 from probe.sinks.terminal import TerminalSink
 from probe.sinks.trainer_log import enter, is_training_log
+from probe.trainer.armed_step import ArmedStep
 from probe.trainer.record_callback import Conductor, RecordCallback
 from probe.trainer.setup import read_setup
 from probe.trainer.stopping import Stopping
@@ -70,42 +60,31 @@ class TrainerSession:
         """
         self._trainer = trainer
         self._handler = trainer.callback_handler
-        self._first: int | None = None
         self._undo: list[Callable[[], None]] = []
-        self.forwards_seen = False
         self._predicting = False
         mine = [cb for cb in self._handler.callbacks if isinstance(cb, RecordCallback)]
-        added = [cb for cb in missing if not any(isinstance(known, type(cb)) for known in mine)]
-        self._cadences = {options.every, *(cb.log_every_n_steps for cb in mine)}
-        tokenizers = [cb.tokenizer for cb in mine if cb.tokenizer is not None]
         chief = bool(trainer.is_world_process_zero())
         rank = "" if chief else f"[rank {trainer.args.process_index}] "
+
+        def say(message: str) -> None:
+            terminal.say(rank + message)
+
         self._loss: LossSettings = read_loss_settings(trainer)
-        processors = [options.tokenizer, *tokenizers, processing_class(trainer)]
+        processors = [options.tokenizer, *(cb.tokenizer for cb in mine if cb.tokenizer is not None), processing_class(trainer)]
+        around = outermost_module(trainer)
         self.observation = Observation(
-            trainer.model,
-            options,
-            attached=attached,
-            around=outermost_module(trainer),
-            processors=processors,
-            say=lambda message: terminal.say(rank + message),
-            loss=self._loss,
+            trainer.model, options, attached=attached, around=around, processors=processors, say=say, loss=self._loss
         )
-        folder = Path(options.settings.run_folder or Path(trainer.args.output_dir) / RUN_FOLDER)
         setup: Setup | None = None
         with self.observation.breaker.guard("setup"):
             setup = read_setup(trainer, trainer.model, self.observation.discovery, processors)
-        self._diagnosis = Diagnosis(
-            self.observation.breaker,
-            setup=setup,
-            stop_on=options.stop_on,
-            listener=options.on_finding if chief else None,
-        )
-        self._stopping = Stopping(options.stop_on, self.observation, lambda message: terminal.say(rank + message))
+        listener = options.on_finding if chief else None
+        self._diagnosis = Diagnosis(self.observation.breaker, setup=setup, stop_on=options.stop_on, listener=listener)
+        self._stopping = Stopping(options.stop_on, self.observation, say)
         self._publisher = Publisher(
             self.observation,
             diagnosis=self._diagnosis,
-            folder=RunFolder(folder, facts=run_facts(self.observation, options, setup)) if chief else None,
+            folder=_folder(trainer, options, self.observation, setup) if chief else None,
             terminal=terminal if chief and options.settings.terminal else None,
             sections=self._sections,
             keep=keep,
@@ -113,12 +92,14 @@ class TrainerSession:
         )
         if chief and self.observation.window.runs_eagerly:
             terminal.say(_EAGER)
+        cadences = {options.every, *(cb.log_every_n_steps for cb in mine)}
+        self._step = ArmedStep(trainer, self.observation, cadences=cadences, failing=self.pause)
         try:
-            self._wire(added)
+            self._wire([cb for cb in missing if not any(isinstance(known, type(cb)) for known in mine)])
         except BaseException:
             self._unwire()
             raise
-        self.observation.join(self._cadences, stop_on=options.stop_on)
+        self.observation.join(cadences, stop_on=options.stop_on)
         self._stopping.begin()
 
     def _wire(self, added: Sequence[RecordCallback]) -> None:
@@ -128,7 +109,7 @@ class TrainerSession:
         for callback in added:
             add_last(self._handler, callback)
             self._undo.append(lambda callback=callback: remove_callback(self._handler, callback))  # type: ignore[misc]
-        self._undo.append(wrap_instance_method(self._trainer, "training_step", self._training_step))
+        self._undo.append(wrap_instance_method(self._trainer, "training_step", self._step))
 
     def _unwire(self) -> None:
         while self._undo:
@@ -206,39 +187,12 @@ class TrainerSession:
         with self.observation.breaker.guard("publication"):
             self.close()
 
-    def _training_step(self, wrapped: Callable[..., Any], instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run ``training_step``, armed if its step is sampled; publish what waits if it raises, for it may explain why."""
-        try:
-            return self._run_training_step(wrapped, args, kwargs)
-        except BaseException:
-            self.pause()
-            raise
-
-    def _run_training_step(self, wrapped: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        step = self._trainer.state.global_step + 1
-        if self._first is None:
-            self._first = step
-        if not is_sampled(step, cadences=self._cadences, first=self._first):
-            return wrapped(*args, **kwargs)
-        with self.observation.micro_batch(step, self._batch(args, kwargs)):
-            loss = wrapped(*args, **kwargs)
-        with self.observation.breaker.guard("step end"):
-            self.forwards_seen = self.forwards_seen or bool(self.observation.buffer.micro_batches)
-            items = kwargs.get("num_items_in_batch", args[2] if len(args) > 2 else None)
-            self.observation.after_backward(loss, self._step_end() if gradients_complete(self._trainer) else None, items=items)
-        return loss
-
-    def _batch(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
-        with self.observation.breaker.guard("batch"):
-            return shallow(kwargs.get("inputs", args[1] if len(args) > 1 else None))
-        return {}
-
-    def _step_end(self) -> StepEnd:
-        optimizer = getattr(self._trainer, "optimizer", None)
-        rates = tuple(group["lr"] for group in getattr(optimizer, "param_groups", ()) if isinstance(group.get("lr"), float))
-        return StepEnd(gradient_scale(self._trainer), rates)
-
     def _sections(self, step: int) -> Sequence[Show]:
-        first = self._first or step
+        first = self._step.first or step
         shown = [cb for cb in self._handler.callbacks if isinstance(cb, RecordCallback)]
         return [cb.section for cb in shown if in_cadence(step, every=cb.log_every_n_steps, first=first)]
+
+
+def _folder(trainer: Any, options: Options, observation: Observation, setup: Setup | None) -> RunFolder:
+    path = Path(options.settings.run_folder or Path(trainer.args.output_dir) / RUN_FOLDER)
+    return RunFolder(path, facts=run_facts(observation, options, setup))
