@@ -456,7 +456,9 @@ def test_results_of_other_models_stand_beside(tmp_path: Path, monkeypatch: pytes
     wide = replace(QUIET, name="wide", title="a wide one")
     monkeypatch.setattr(command, "SUBJECTS", (replace(QUIET, name="first"), QUIET, wide))
     [old] = results(row("idle", 1.0)).models
-    before = replace(results(), models=[replace(old, name="wide"), replace(old, name="toy")], failed={"a toy": "no memory", "else": "no"})
+    before = replace(
+        results(), models=[replace(old, name="wide", probe="0.0.9"), replace(old, name="toy")], failed={"a toy": "no memory", "else": "no"}
+    )
     write(before, tmp_path / "overhead-x-cpu.json")
     found = str(tmp_path / "overhead-x-cpu.json")
     flags = ["--models", "toy", "--contenders", "idle", "--idle-pairs", "2", "--minutes", "0", "--memory", "1"]
@@ -464,6 +466,9 @@ def test_results_of_other_models_stand_beside(tmp_path: Path, monkeypatch: pytes
     run = read(tmp_path / "overhead-x-cpu.json")
     assert [(model.name, model.title) for model in run.models] == [("toy", "a toy"), ("wide", "Whisper | small")]
     assert run.failed == {"else": "no"} and run.minutes > before.minutes
+    assert [model.probe for model in run.models] == [run.versions["probe"], "0.0.9"]
+    text = (tmp_path / "overhead.md").read_text(encoding="utf-8")
+    assert text.count("Measured with probe") == text.count("Measured with probe 0.0.9.") == 1
 
 
 def test_the_plot_is_the_same_for_the_same_results(tmp_path: Path) -> None:

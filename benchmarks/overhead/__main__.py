@@ -62,6 +62,7 @@ def run(options: argparse.Namespace) -> Iterator[Results]:
         try:
             others = results.models
             for measured in measure(subject, chosen(options.contenders, subject), budget, device=device, say=partial(_say, begin)):
+                measured = replace(measured, probe=results.versions["probe"])
                 results = replace(results, models=_in_order([*others, measured]), minutes=earlier + _minutes(begin))
                 yield results
         except Exception as error:

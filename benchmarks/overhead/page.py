@@ -56,7 +56,7 @@ def page(results: Sequence[Results], *, others: Sequence[Sequence[Target]] = (),
         parts += [_head(run), f"## Targets, {run.device.upper()}", target_table([*targets(run), *beside])]
         if index < len(plots):
             parts.append(f"![Step time of every contender, divided by the plain step's]({plots[index]})")
-        parts += [model_section(model, run.device) for model in run.models]
+        parts += [model_section(model, run.device, probe=run.versions.get("probe", "")) for model in run.models]
         parts += [f"{title} was not measured: {_cell(why)}" for title, why in run.failed.items()]
         parts.append(_itself(run))
     return "\n\n".join(part for part in [*parts, _METHOD] if part) + "\n"
@@ -69,14 +69,15 @@ def target_table(rows: Sequence[Target]) -> str:
     return "\n".join(lines)
 
 
-def model_section(model: ModelResult, device: str) -> str:
-    """Return one model's table."""
+def model_section(model: ModelResult, device: str, *, probe: str) -> str:
+    """Return one model's table; a revision other than ``probe``, that of the whole run, is named."""
+    other = f" Measured with probe {model.probe}." if model.probe not in ("", probe) else ""
     lines = [
         f"## {model.title}, {device.upper()}",
         "",
         f"{model.parameters / 1e6:.0f} M parameters, {model.precision}, a batch of {model.batch}; {model.sites} modules observed.",
         f"The plain step: {model.plain_ms:.0f} ms, {model.kernels} operations and {model.views} views, {model.syncs} reads,",
-        f"{model.peak_mib:.0f} MiB at its peak.",
+        f"{model.peak_mib:.0f} MiB at its peak.{other}",
         "",
         "| | step ÷ plain | pairs | operations | views | reads | peak, MiB | what it gives |",
         "|---|---|---|---|---|---|---|---|",

@@ -34,7 +34,8 @@ class ModelResult:
     """One model: its plain step, and every contender's row.
 
     ``sites`` is the number of modules that the probe observes. ``own_pct`` is what ``probe/overhead/pct`` said of ``own_records`` steps
-    that were sampled one after the other in the same run; ``None`` where the records do not have it.
+    that were sampled one after the other in the same run; ``None`` where the records do not have it. ``probe`` is the revision that was
+    measured: not that of the whole run where the model was measured before and kept.
     """
 
     name: str
@@ -52,6 +53,7 @@ class ModelResult:
     own_pct: float | None = None
     own_records: int = 0
     small: bool = False
+    probe: str = ""
 
     def row(self, name: str) -> Row | None:
         """Return a contender's row if it has figures."""
