@@ -204,6 +204,18 @@ def test_the_peak_is_bounded_whatever_the_keys_and_the_batch(sizes: tuple[int, i
     assert peak <= (2 * blocks.CHUNK_BYTES + 4 * samples * keys) / MIB
 
 
+@pytest.mark.parametrize("keys", [1 << 15, 1 << 18])
+def test_squares_of_long_rows_are_not_rounded_away(keys: int) -> None:
+    """The effective number of keys is within 1e-6 of float64, however many keys there are."""
+    p = torch.rand(1, 1, 4, keys, generator=torch.Generator().manual_seed(keys))
+    p /= p.double().sum(-1, keepdim=True)
+    text = torch.full((1, 4), TEXT, dtype=torch.int8)
+    found = describe(
+        Given(p, torch.ones(1, 4, keys, dtype=torch.bool)), choose_rows(text, rows=4), query_modality_BS=text, key_modality_BK=None
+    )
+    assert mean(found, "effective_keys") == pytest.approx(float((1 / p.double().square().sum(-1)).mean()), rel=1e-6)
+
+
 def test_chunks_change_no_value(monkeypatch: pytest.MonkeyPatch) -> None:
     """However small the limit, the sums are the same: of what is seen, of blocks, of pairs of rows, of what was held."""
     query, key = random_modality(S, 5), random_modality(K, 6)

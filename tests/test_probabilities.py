@@ -211,6 +211,17 @@ def test_slices_change_no_value(monkeypatch: pytest.MonkeyPatch, limit: int, dty
     assert torch.equal(chunked.visible_BRK, whole.visible_BRK)
 
 
+@pytest.mark.parametrize(("heads", "whole"), [(12, True), (6, False)])
+def test_a_heads_keys_are_read_once_where_that_takes_no_more_blocks(heads: int, whole: bool) -> None:
+    """Over 1,500 keys all 64 rows of some heads are a block, or, where that would be twice as many blocks, some rows of all heads."""
+    source = FromScores(Scores(torch.zeros(1, heads, 1500, 2), torch.zeros(1, heads, 1500, 2)))
+    index = all_rows(1, 64)
+    shapes = [tuple(block.p.shape[1:3]) for block in source.blocks(index, source.masks(index))]
+    assert len(shapes) == 3
+    assert {rows == 64 for _, rows in shapes} == {whole}
+    assert {of_them == heads for of_them, _ in shapes} == {not whole}
+
+
 def test_a_mask_expanded_over_heads_is_not_copied_for_each() -> None:
     """A mask that the model expanded over its heads is gathered once: what it takes does not grow with the heads."""
     q, k = normal(1, 64, 20, 2, seed=38), normal(1, 64, 2_000, 2, seed=39)
