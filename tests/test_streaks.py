@@ -48,6 +48,21 @@ def test_each_site_has_rows_of_its_own() -> None:
     assert list(found) == ["b", "a", "new"]
 
 
+def test_no_more_records_are_read_than_are_asked_for() -> None:
+    """Of the last record, and of the newest ones until every site has its rows; all of them while one lacks some."""
+    read: list[int] = []
+
+    def rows(record: StepRecord) -> tuple[SiteStatistics, ...]:
+        read.append(record.step)
+        return record.statistics
+
+    newest_rows(history(*[sites(a=1.0, b=1.0)] * 9), 3, rows)
+    assert len(read) == 1 + 3
+    read.clear()
+    newest_rows(history(*[sites(a=1.0)] * 8, sites(a=1.0, b=1.0)), 3, rows)
+    assert len(read) == 1 + 9
+
+
 def lines(call: Callable[[], Any]) -> int:
     """Return how many lines of Python ``call`` ran, each turn of a loop counted."""
     count = 0
