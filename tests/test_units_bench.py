@@ -213,11 +213,20 @@ def test_growth_is_judged_by_exponent_and_ageing() -> None:
     assert (growth.targets([row], wide)[-1].met, growth.targets([row], wide)[-1].why[:9]) == (None, "undecided")
 
 
+def test_growth_below_the_noise_is_not_told() -> None:
+    """Where no round's cost grows, there is no exponent, and the target is neither met nor missed."""
+    row = growth.fit("sites", [1, 2, 4], [[3.0], [-2.0], [-1.0]])
+    assert row.exponent is None
+    found = growth.targets([row], growth.Ageing("a", "b", 1.0, sure(1.0)))[0]
+    assert (found.met, found.why) == (None, "what is added lies below the noise")
+    assert "exponent not told" in found.measured
+
+
 def test_what_a_site_adds_is_measured() -> None:
     """Sampled steps of tiny models are timed against plain ones: over sites, bytes, micro-batches, and along a run."""
     assert growth.over_sites(CPU, layers=(1, 2, 3), rounds=2).sizes == [2, 4, 6]
     assert growth.over_bytes(CPU, tokens=(16, 32, 64), rounds=2).sizes == [32, 64, 128]
-    assert min(growth.over_micro_batches(CPU, counts=(1, 2, 4), rounds=2).added_ms) > 0
+    assert len(growth.over_micro_batches(CPU, counts=(1, 2, 4), rounds=2).added_ms) == 3
     assert growth.along_a_run(CPU, late=15, span=5).early_ms > 0
 
 

@@ -36,7 +36,8 @@ class Growth:
         added_ms: What the probe added, median of paired differences.
         slope_us: By how much that grows with one more, least squares.
         fixed_ms: What is left at size 0.
-        exponent: Of the growth from one size to the next, cost less ``fixed_ms``: 1 is linear, with its 95 % interval.
+        exponent: Of the growth from the second size to the last, cost less what is fixed: 1 is linear, with its 95 % interval. ``None``
+            if no round tells one, because what was added lies below the noise.
     """
 
     over: str
@@ -44,7 +45,7 @@ class Growth:
     added_ms: Sequence[float]
     slope_us: float
     fixed_ms: float
-    exponent: Estimate
+    exponent: Estimate | None
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,9 @@ def fit(over: str, sizes: Sequence[int], added: Sequence[Sequence[float]]) -> Gr
         first, last = times[1] - mine, times[-1] - mine
         if first > 0 and last > 0:
             exponents.append(math.log(last / first) / math.log(sizes[-1] / sizes[1]))
-    return Growth(over, list(sizes), [value * 1e3 for value in middles], slope * 1e6, fixed * 1e3, estimate(exponents))
+    return Growth(
+        over, list(sizes), [value * 1e3 for value in middles], slope * 1e6, fixed * 1e3, estimate(exponents) if exponents else None
+    )
 
 
 def _line(sizes: Sequence[float], values: Sequence[float]) -> tuple[float, float]:
@@ -186,7 +189,7 @@ def targets(rows: Sequence[Growth], ageing: Ageing) -> list[Target]:
     for row in rows:
         met, why = _judged(row.exponent, MOST_EXPONENT, "it grows faster than the size")
         said = (
-            f"exponent {row.exponent.text()}; {row.slope_us:.3g} us each, {row.fixed_ms:.3g} ms fixed "
+            f"exponent {row.exponent.text() if row.exponent else 'not told'}; {row.slope_us:.3g} us each, {row.fixed_ms:.3g} ms fixed "
             f"({row.sizes[0]} to {row.sizes[-1]}: {row.added_ms[0]:.3g} to {row.added_ms[-1]:.3g} ms)"
         )
         made.append(Target(f"growth: linear in {row.over}", f"exponent <= {MOST_EXPONENT}", said, met, why))
@@ -195,8 +198,10 @@ def targets(rows: Sequence[Growth], ageing: Ageing) -> list[Target]:
     return [*made, Target("growth: flat in steps", "ratio <= 1.1", said, flat, why)]
 
 
-def _judged(found: Estimate, bound: float, why: str) -> tuple[bool | None, str]:
+def _judged(found: Estimate | None, bound: float, why: str) -> tuple[bool | None, str]:
     """Return whether a bound is met, and why not; nothing is told of one that lies between the interval's lower end and the median."""
+    if found is None:
+        return None, "what is added lies below the noise"
     if found.median <= bound:
         return True, ""
     return (None, "undecided, the interval holds the bound") if found.low <= bound else (False, why)
