@@ -105,7 +105,7 @@ def test_attention_is_timed_for_each_kind_and_call(monkeypatch: pytest.MonkeyPat
     rows, held = attention.attention_costs(CPU, cases=[("tiny", 1)], rounds=1)
     assert [row.kind for row in rows] == ["encoder", "decoder", "cross", "all layers"]
     assert all(row.layer_ms > 0 and row.first_ms > 0 and row.later_ms > 0 for row in rows)
-    assert rows[3].layer_ms == pytest.approx(2 * sum(row.layer_ms for row in rows[:3]), rel=0.5)
+    assert rows[3].layer_ms > max(row.layer_ms for row in rows[:3])  # of six layers together
     assert held[0].matrix_mib == 6 * 1500 * 1500 * 4 / MIB
     assert 0.1 < held[0].extra_mib < held[0].matrix_mib
 
