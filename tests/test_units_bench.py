@@ -110,6 +110,20 @@ def test_attention_is_timed_for_each_kind_and_call(monkeypatch: pytest.MonkeyPat
     assert 0.1 < held[0].extra_mib < held[0].matrix_mib
 
 
+def test_what_is_done_at_the_root_is_shared_out_to_the_layers() -> None:
+    """Each of six layers adds its own time and a sixth of the root's; all of them together take the sum, the root's included."""
+    kinds = [("encoder", "self_attn"), ("decoder", "self_attn"), ("decoder", "encoder_attn")]
+    names = [f"model.{part}.layers.{n}.{layer}" for part, layer in kinds for n in (0, 1)]
+    own = {name: [2.0, 2.0] for name in names}
+    added = {"": [0.6, 0.6], **{name: [0.5 if ".0." in name else 0.3] * 2 for name in names}}
+    rows = attention._rows("tiny", 1, own, added)
+    assert [row.kind for row in rows] == ["encoder", "decoder", "cross", "all layers"]
+    for row in rows[:3]:
+        assert (row.first.median, row.later.median) == pytest.approx((0.3, 0.2))
+        assert (row.layer_ms, row.first_ms, row.later_ms) == pytest.approx((2000.0, 600.0, 400.0))
+    assert (rows[3].layer_ms, rows[3].first_ms) == pytest.approx((12_000.0, 3_000.0))
+
+
 def test_attention_is_judged_by_its_worst_case() -> None:
     """5 % of the layer and a twentieth of the matrix: at the bound it is met, above it not, first call or later."""
 
