@@ -38,7 +38,8 @@ _METHOD = """\
   lightest recorder. What is kept of a step is let go at its end.
 * A row of few pairs says little where its interval is wide, above all on a machine whose cores are shared with others; the probe's own
   meter, in the table before this, is then the better figure of a sampled step.
-* Beside long steps only contenders of a few plain steps' cost are measured; hundreds of pairs are for the model of short steps.
+* Beside long steps only contenders of a few plain steps' cost are measured; hundreds of pairs are for the model of short steps. A
+  contender that has no row in a model's table was not measured with it.
 * The probe's rows publish every record to a run folder; nothing is printed."""
 
 
