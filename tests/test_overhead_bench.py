@@ -27,13 +27,12 @@ from benchmarks.overhead.counting import count, peak_mib
 from benchmarks.overhead.entry import SEED, Entry, Setting, arguments, parameters_of
 from benchmarks.overhead.lockstep import UnbalancedError
 from benchmarks.overhead.measuring import Budget, groups, measure
-from benchmarks.overhead.pace import Pace
-from benchmarks.overhead.page import page, target_table
+from benchmarks.overhead.page import Beside, page, target_table
 from benchmarks.overhead.pairing import least_pairs
 from benchmarks.overhead.ratios import Pair, Ratio, cycle_ratio, median_ratio
 from benchmarks.overhead.results import ModelResult, Results, Row, read, write
-from benchmarks.overhead.subjects import Samples, Subject, collate
-from benchmarks.overhead.targets import spread, targets
+from benchmarks.overhead.subjects import SUBJECTS, Samples, Subject, collate
+from benchmarks.overhead.targets import PAIRS, spread, targets
 from benchmarks.units.targets import Target
 
 OPTIONAL = ("wandb", "nnsight", "torchlens")
@@ -70,7 +69,7 @@ def sample(generator: torch.Generator) -> dict[str, Tensor]:
     return {"input_features": torch.randn(8, 40, generator=generator), "labels": torch.randint(2, 60, (6,), generator=generator)}
 
 
-SUBJECT = Subject("toy", "a toy", build, sample, (2, 2), 1.0, Pace.SHORT, small=True)
+SUBJECT = Subject("toy", "a toy", build, sample, (2, 2), 1.0, (3, 1), short=True, small=True)
 QUIET = replace(SUBJECT, build=partial(build, random=False))
 TURNS: list[str] = []
 
@@ -234,9 +233,9 @@ def test_a_model_is_measured() -> None:
                 raise ValueError("not this step")
 
     asked = [BY_NAME[name] for name in ("idle", "sampled", "only statistics", "only attention rows", "every-10", "returned", "by-hand")]
-    failing = [Contender("broken", "broken", "", broken), Contender("breaking", "breaking", "", Breaking, often=1.0)]
+    failing = [Contender("broken", "broken", "", broken), Contender("breaking", "breaking", "", Breaking, often=True)]
     said: list[str] = []
-    [found] = measure(QUIET, [*asked, *failing], Budget(rounds=3, seconds=0, memory=1e9), device="cpu", say=said.append)
+    [found] = measure(QUIET, [*asked, *failing], Budget(pairs=(3, 1), seconds=0, memory=1e9), device="cpu", say=said.append)
     rows = {row.name: row for row in found.rows}
     assert [row.name for row in found.rows] == [contender.name for contender in [*asked, *failing]]
     assert rows["broken"].error == "ImportError: no module of that name"
@@ -257,7 +256,7 @@ def test_every_group_is_handed_over_when_it_is_measured(monkeypatch: pytest.Monk
     """A run that is ended early has the rows it got to; what the plain step does is counted once."""
     counted: list[Any] = []
     monkeypatch.setattr(measuring, "count", lambda step: counted.append(step) or count(step))
-    few = Budget(rounds=1, seconds=0, memory=2 * 12 * parameters_of(QUIET))
+    few = Budget(pairs=(1, 1), seconds=0, memory=2 * 12 * parameters_of(QUIET))
     first, second = measure(QUIET, [BY_NAME["idle"], BY_NAME["by-hand"]], few, device="cpu", say=lambda line: None)
     assert [row.name for row in first.rows] == ["idle"] and [row.name for row in second.rows] == ["idle", "by-hand"]
     assert all(row.ratio is not None for row in second.rows)
@@ -319,15 +318,25 @@ def test_groups_fit_and_keep_apart() -> None:
 
 
 def test_idle_steps_have_the_pairs_they_need() -> None:
-    """By default at least 200 pairs of idle steps on a model of short steps; the longer the steps, the fewer the rows."""
-    assert least_pairs(BY_NAME["idle"], 200) == 200
-    assert least_pairs(BY_NAME["every-100"], 1000) > 300  # three whole cycles
-    assert least_pairs(BY_NAME["returned"], 10) == 3
-    assert {each.name for each in chosen([], SUBJECT)} == set(BY_NAME) - {"plain"}
-    middling, slow = ({each.name for each in chosen([], replace(SUBJECT, pace=pace))} for pace in (Pace.MIDDLING, Pace.LONG))
+    """At least 200 pairs of idle steps on a model of short steps, three cycles of a cadence, and a few of all else."""
+    assert least_pairs(BY_NAME["idle"], (2000, 12)) == 2000
+    assert least_pairs(BY_NAME["every-100"], (2000, 12)) > 300  # three whole cycles
+    assert least_pairs(BY_NAME["returned"], (24, 3)) == 3
+    assert least_pairs(BY_NAME["returned"], (2, 3)) == 2
+    assert [subject.name for subject in SUBJECTS if subject.short and subject.pairs[0] >= PAIRS]
+
+
+def test_every_contender_is_measured_with_every_model() -> None:
+    """But for those that need hundreds of pairs, passes where there is no audio, and a model that is there for its batch alone."""
+    everything = set(BY_NAME) - {"plain"}
+    long = everything - {"again", "every-10", "every-100"}
+    assert {each.name for each in chosen([], SUBJECT)} == everything
+    assert {each.name for each in chosen([], replace(SUBJECT, short=False))} == long
     assert {each.name for each in chosen(["idle", "passes"], replace(SUBJECT, audio=False))} == {"idle"}
-    assert {"idle", "sampled", "only statistics", *OPTIONAL} <= middling and not middling & {"again", "every-100"}
-    assert slow == {"idle", "sampled", "passes", "returned", "by-hand"}
+    assert {each.name for each in chosen(["idle", "wandb"], replace(SUBJECT, only=("idle", "sampled")))} == {"idle"}
+    measured = {subject.name: {each.name for each in chosen([], subject)} for subject in SUBJECTS}
+    assert measured["tiny"] == measured["base"] == measured["small"] == measured["qwen2_audio"] == long
+    assert (measured["llama"], measured["short"]) == (long - {"passes"}, everything - {"passes"})
 
 
 def test_every_observer_is_in_one_feature() -> None:
@@ -417,9 +426,10 @@ def test_the_page_tells_all() -> None:
     """Figures, missed targets with what costs most, tools that did not run with their error, and the other device's absence."""
     broken = Row("nnsight", "nnsight", "tensors", error="ImportError: no | such module")
     run = results(row("sampled", 1.1), row("only attention rows", 1.08), row("passes", 2.0), broken)
-    text = page([run], others=[[Target("bytes", "≤ 1", "2", False, "it is wide")]], plots=["x.svg"])
+    text = page([run], others=[Beside("the other bench", [Target("bytes", "≤ 1", "2", False, "it is wide")])], plots=["x.svg"])
     assert "does not run: ImportError: no \\| such module" in text
     assert "| bytes | ≤ 1 | 2 | **missed**, because it is wide |" in text
+    assert 'The rows from "bytes" on are of the other bench.' in text
     assert "**missed**, because alone and on Whisper \\| small these cost most: numbers 8.0 %" in text
     assert "1.1000 [1.0990, 1.1010]" in text and "| 9.1 [9.0, 9.2] | 4.4 (4 steps) | 1.0100 | 1.0010 | 1.0018 |" in text
     assert "a model was not measured: no memory" in page([replace(run, failed={"a model": "no memory"})])
@@ -443,7 +453,7 @@ def test_the_command_writes_results_and_page(tmp_path: Path, monkeypatch: pytest
         raise MemoryError("too wide")
 
     monkeypatch.setattr(command, "SUBJECTS", (QUIET, replace(QUIET, name="wide", title="a wide one", build=unbuildable)))
-    flags = ["--contenders", "idle", "--idle-pairs", "2", "--minutes", "0", "--memory", "1"]
+    flags = ["--contenders", "idle", "--pairs", "2", "--minutes", "0", "--memory", "1"]
     command.main([*flags, "--results", str(tmp_path / "overhead-x-cpu.json"), "--docs", str(tmp_path)])
     run = read(tmp_path / "overhead-x-cpu.json")
     assert [model.name for model in run.models] == ["toy"] and run.failed == {"a wide one": "MemoryError: too wide"}
@@ -461,7 +471,7 @@ def test_results_of_other_models_stand_beside(tmp_path: Path, monkeypatch: pytes
     )
     write(before, tmp_path / "overhead-x-cpu.json")
     found = str(tmp_path / "overhead-x-cpu.json")
-    flags = ["--models", "toy", "--contenders", "idle", "--idle-pairs", "2", "--minutes", "0", "--memory", "1"]
+    flags = ["--models", "toy", "--contenders", "idle", "--pairs", "2", "--minutes", "0", "--memory", "1"]
     command.main([*flags, "--results", found, "--add", found, "--docs", str(tmp_path)])
     run = read(tmp_path / "overhead-x-cpu.json")
     assert [(model.name, model.title) for model in run.models] == [("toy", "a toy"), ("wide", "Whisper | small")]

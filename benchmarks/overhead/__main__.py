@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import platform
-import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -18,11 +17,10 @@ from pathlib import Path
 import torch
 import transformers
 
-import probe
+from benchmarks.machine import machine, revision
 from benchmarks.overhead.contenders import Contender, contenders
 from benchmarks.overhead.measuring import Budget, measure
-from benchmarks.overhead.pace import Pace
-from benchmarks.overhead.page import page
+from benchmarks.overhead.page import Beside, page
 from benchmarks.overhead.results import ModelResult, Results, read, write
 from benchmarks.overhead.subjects import SUBJECTS, Subject
 from benchmarks.units.targets import Target
@@ -55,7 +53,7 @@ def run(options: argparse.Namespace) -> Iterator[Results]:
     earlier = results.minutes
     for subject in subjects:
         budget = Budget(
-            rounds=options.idle_pairs if subject.pace == Pace.SHORT else options.pairs,
+            pairs=(_at_most(options.pairs, subject.pairs[0]), _at_most(options.pairs, subject.pairs[1])),
             seconds=60 * options.minutes * subject.share / sum(each.share for each in subjects),
             memory=(options.memory or _memory_gib(device)) * 2**30,
         )
@@ -69,6 +67,10 @@ def run(options: argparse.Namespace) -> Iterator[Results]:
             _say(begin, f"{subject.title}: {type(error).__name__}: {error}")
             results = replace(results, failed={**results.failed, subject.title: f"{type(error).__name__}: {error}"})
             yield replace(results, minutes=earlier + _minutes(begin))
+
+
+def _at_most(asked: int | None, own: int) -> int:
+    return own if asked is None else min(asked, own)
 
 
 def _others(added: Results, results: Results, subjects: Sequence[Subject]) -> Results:
@@ -96,10 +98,10 @@ def _minutes(begin: float) -> float:
 def chosen(names: Sequence[str], subject: Subject) -> list[Contender]:
     """Return the contenders asked for (all if none are named).
 
-    Beside long steps some are left out, and counterfactual passes with models that hear no audio.
+    Those that need hundreds of pairs are left out beside long steps, and counterfactual passes with models that hear no audio.
     """
-    possible = [each for each in contenders() if subject.pace <= each.at and (subject.audio or each.name != "passes")]
-    return [each for each in possible if not names or each.name in names]
+    possible = [each for each in contenders() if (subject.short or not each.short) and (subject.audio or each.name != "passes")]
+    return [each for each in possible if (not names or each.name in names) and (not subject.only or each.name in subject.only)]
 
 
 def publish(results: Sequence[Results], docs: Path) -> None:
@@ -124,24 +126,15 @@ def latest(given: Path) -> list[Path]:
     return [given, *sorted(given.parent.glob(f"overhead-*-{other}.json"))[-1:]]
 
 
-def units(device: str) -> list[Target]:
+def units(device: str) -> Beside:
     """Return the targets that the newest measurement of unit costs on this device has, if there is one that was not just a trial."""
     for path in sorted(RESULTS.glob("units-*.json"), reverse=True):
         report = json.loads(path.read_text(encoding="utf-8"))
         if ("cpu" in path.stem) == (device == "cpu") and not report.get("quick"):
-            return [Target(**row) for row in report["targets"]]
-    return []
-
-
-def machine(device: str) -> str:
-    """Return the name of the device and what is round it."""
-    cores = f"{os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    if device == "cuda":
-        return f"{torch.cuda.get_device_name()}, {cores}"
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {cores}"
+            found = report["machine"]
+            source = f"`make bench-units`, {found['date']}, {found['device']}, torch {found['torch']}, probe {found['probe']}"
+            return Beside(source, [Target(**row) for row in report["targets"]])
+    return Beside("", [])
 
 
 def versions() -> dict[str, str]:
@@ -152,15 +145,7 @@ def versions() -> dict[str, str]:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "missing"
-    return {**found, "probe": f"{probe.__version__} ({_commit()})"}
-
-
-def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "no checkout"
+    return {**found, "probe": revision()}
 
 
 def _device() -> str:
@@ -181,9 +166,8 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     names = [subject.name for subject in SUBJECTS]
     parser.add_argument("--models", nargs="+", choices=names, default=names, help="models to train")
     parser.add_argument("--contenders", nargs="+", choices=[each.name for each in contenders()], default=[], help="default: all")
-    parser.add_argument("--pairs", type=int, default=10, help="pairs of idle and of sampled steps on a model of long steps, at least")
-    parser.add_argument("--idle-pairs", type=int, default=1000, help="pairs of idle steps on a model of short steps, at least")
-    parser.add_argument("--minutes", type=float, default=18, help="time that the pairs of all models have together")
+    parser.add_argument("--pairs", type=int, default=None, help="pairs to ask for at most, for a trial (default: each model's own)")
+    parser.add_argument("--minutes", type=float, default=18, help="time that pairs beyond those are measured in, all models together")
     parser.add_argument("--memory", type=float, default=None, help="GiB for the copies of a model (default: what is free, less a reserve)")
     parser.add_argument("--results", type=Path, default=None, help="the file to write (default: by date and device in benchmarks/results)")
     parser.add_argument("--add", type=Path, default=None, help="results of other models of the same day and machine to stand beside these")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 from transformers.debug_utils import DebugUnderflowOverflow
 
-from benchmarks.overhead.pace import Pace
 from probe.sites.discovery import discover
 
 
@@ -267,7 +266,6 @@ COMPETITORS: tuple[dict[str, Any], ...] = (
         "title": "transformers' `DebugUnderflowOverflow`",
         "gives": "smallest and largest absolute value of every module's weights, inputs and outputs",
         "companion": Debugged,
-        "at": Pace.MIDDLING,
     },
     {
         "name": "wandb",
@@ -275,7 +273,6 @@ COMPETITORS: tuple[dict[str, Any], ...] = (
         "gives": "a histogram of every weight and gradient",
         "companion": WandbWatch,
         "apart": True,
-        "at": Pace.MIDDLING,
     },
     {
         "name": "nnsight",
@@ -283,7 +280,6 @@ COMPETITORS: tuple[dict[str, Any], ...] = (
         "gives": "the tensors themselves; no numbers yet",
         "companion": Traced,
         "apart": True,
-        "at": Pace.MIDDLING,
     },
     {
         "name": "torchlens",
@@ -291,6 +287,5 @@ COMPETITORS: tuple[dict[str, Any], ...] = (
         "gives": "the tensors themselves; no numbers yet (and other dropout masks: it seeds the generator)",
         "companion": Recorded,
         "apart": True,
-        "at": Pace.MIDDLING,
     },
 )

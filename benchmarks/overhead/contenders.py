@@ -13,7 +13,6 @@ from torch import nn
 
 import probe
 from benchmarks.overhead.competitors import COMPETITORS, Companion
-from benchmarks.overhead.pace import Pace
 
 NEVER = 10**9
 FEATURES = {
@@ -35,10 +34,10 @@ class Contender:
         gives: What one has of it after a step.
         companion: Makes what accompanies its training.
         attention: The attention implementation its model needs.
-        often: In which part of the rounds it takes part, above 0 and at most 1.
+        often: Whether it has as many pairs as there are rounds, or the few of most contenders.
         most: Pairs beyond which no more are asked for, where there are hundreds of rounds.
         apart: Whether it changes the process round it, so that it is measured after all others, against a plain Trainer of its own.
-        at: The longest steps it is measured at: beside longer ones it would take too long.
+        short: Whether it takes part beside short steps only: it needs hundreds of pairs.
         every: The cadence whose cycle its figure is the mean of; 0: the figure is the median over all its steps.
     """
 
@@ -47,10 +46,10 @@ class Contender:
     gives: str
     companion: Callable[[], Companion]
     attention: str = "sdpa"
-    often: float = 0.3
-    most: int = 8
+    often: bool = False
+    most: int = NEVER
     apart: bool = False
-    at: Pace = Pace.LONG
+    short: bool = False
     every: int = 0
 
 
@@ -98,7 +97,7 @@ class Watched(Companion):
 
 def plain() -> Contender:
     """Return what all others are compared with."""
-    return Contender("plain", "plain Trainer", "", Companion, often=1.0)
+    return Contender("plain", "plain Trainer", "", Companion, often=True)
 
 
 def contenders() -> list[Contender]:
@@ -106,17 +105,16 @@ def contenders() -> list[Contender]:
     mine = "the probe, "
     everything = "every number of the metrics page"
     found = [
-        Contender("again", "plain Trainer, a second copy", "the noise of the comparison", Companion, often=1.0, at=Pace.SHORT, most=NEVER),
-        Contender("idle", f"{mine}unsampled step", "", lambda: Watched(every=NEVER), often=1.0, most=NEVER),
-        Contender("sampled", f"{mine}sampled step, everything on", everything, lambda: Watched(every=1), often=1.0, most=40),
+        Contender("again", "plain Trainer, a second copy", "the noise of the comparison", Companion, often=True, short=True),
+        Contender("idle", f"{mine}unsampled step", "", lambda: Watched(every=NEVER), often=True),
+        Contender("sampled", f"{mine}sampled step, everything on", everything, lambda: Watched(every=1), often=True, most=60),
         Contender("passes", f"{mine}sampled step with counterfactual passes", everything, lambda: Watched(every=1, passes=1)),
     ]
     for every, most in ((10, 104), (100, 304)):
         title = f"{mine}every {every}th step"
-        found.append(
-            Contender(f"every-{every}", title, everything, partial(Watched, every=every), often=1.0, most=most, at=Pace.SHORT, every=every)
-        )
+        beside = partial(Watched, every=every)
+        found.append(Contender(f"every-{every}", title, everything, beside, often=True, most=most, short=True, every=every))
     for feature, parts in FEATURES.items():
         title = f"{mine}sampled step, {feature} only"
-        found.append(Contender(f"only {feature}", title, feature, partial(Watched, every=1, only=parts), at=Pace.MIDDLING))
+        found.append(Contender(f"only {feature}", title, feature, partial(Watched, every=1, only=parts)))
     return [*found, *(Contender(**row) for row in COMPETITORS)]

@@ -29,7 +29,7 @@ Say = Callable[[str], None]
 class Budget:
     """What one model may use: see :class:`Plan`; ``memory`` in bytes is for the contenders' weights and optimizer states."""
 
-    rounds: int
+    pairs: tuple[int, int]
     seconds: float
     memory: float
 
@@ -63,11 +63,11 @@ def measure(
     """
     setting, found = Setting(subject, device, mixin), Found()
     grouped = groups(chosen, at_most=max(1, int(budget.memory / copy_bytes(parameters_of(subject))) - 1))
-    work = [sum(least_pairs(contender, budget.rounds) for contender in group) for group in grouped]
+    work = [sum(least_pairs(contender, budget.pairs) for contender in group) for group in grouped]
     done: list[Contender] = []
     for group, part in zip(grouped, work, strict=True):
         say(f"{subject.title}: {', '.join(contender.name for contender in group)}")
-        _measure_group(group, setting, Plan(budget.rounds, budget.seconds * part / sum(work)), found, say)
+        _measure_group(group, setting, Plan(budget.pairs, budget.seconds * part / sum(work)), found, say)
         done += group
         yield _result(setting, found, [contender for contender in chosen if contender in done])
 

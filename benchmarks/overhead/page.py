@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from benchmarks.overhead.ratios import Ratio
 from benchmarks.overhead.results import ModelResult, Results, Row
@@ -38,23 +39,33 @@ _METHOD = """\
   lightest recorder. What is kept of a step is let go at its end.
 * A row of few pairs says little where its interval is wide, above all on a machine whose cores are shared with others; the probe's own
   meter, in the table before this, is then the better figure of a sampled step.
-* Beside long steps only contenders of a few plain steps' cost are measured; hundreds of pairs are for the model of short steps. A
-  contender that has no row in a model's table was not measured with it.
+* Hundreds of pairs are for the model of short steps, which alone has a second plain copy and the cadences. Tiny with eight clips is
+  there to show what a batch changes, and has a few contenders. A contender without a row in a model's table was not measured with it.
 * The probe's rows publish every record to a run folder; nothing is printed."""
 
 
-def page(results: Sequence[Results], *, others: Sequence[Sequence[Target]] = (), plots: Sequence[str] = ()) -> str:
+@dataclass(frozen=True)
+class Beside:
+    """Targets that another benchmark measured, and what it says of itself: command, date, machine, versions."""
+
+    source: str
+    targets: Sequence[Target]
+
+
+def page(results: Sequence[Results], *, others: Sequence[Beside] = (), plots: Sequence[str] = ()) -> str:
     """Return the page.
 
     Args:
         results: One run a device.
-        others: Targets that other benchmarks measured on each run's device, in the same order.
+        others: Targets that another benchmark measured on each run's device, in the same order.
         plots: The file of each run's plot, in the same order; none if there are no plots.
     """
     parts = [_INTRODUCTION]
     for index, run in enumerate(results):
-        beside = others[index] if index < len(others) else ()
-        parts += [_head(run), f"## Targets, {run.device.upper()}", target_table([*targets(run), *beside])]
+        beside = others[index] if index < len(others) else Beside("", ())
+        parts += [_head(run), f"## Targets, {run.device.upper()}", target_table([*targets(run), *beside.targets])]
+        if beside.targets:
+            parts.append(f'The rows from "{_cell(beside.targets[0].target)}" on are of {beside.source}.')
         if index < len(plots):
             parts.append(f"![Step time of every contender, divided by the plain step's]({plots[index]})")
         parts += [model_section(model, run.device, probe=run.versions.get("probe", "")) for model in run.models]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import math
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -24,19 +23,20 @@ class Plan:
     """How long to measure.
 
     Attributes:
-        rounds: Pairs of a contender that takes part in every round, at least.
-        seconds: Time that the rounds have together; what ``rounds`` needs is done even if it takes longer.
+        pairs: Pairs at least: of a contender that takes part in every round, and of any other.
+        seconds: Time that the rounds have together; what ``pairs`` needs is done even if it takes longer.
         seed: Of the order.
     """
 
-    rounds: int
+    pairs: tuple[int, int]
     seconds: float
     seed: int = 0
 
 
-def least_pairs(contender: Contender, rounds: int) -> int:
-    """Return how many pairs a contender has after this many rounds, at least: one."""
-    return max(1, min(math.ceil(contender.often * rounds), contender.most, rounds))
+def least_pairs(contender: Contender, pairs: tuple[int, int]) -> int:
+    """Return how many pairs a contender has at least; of ``pairs`` the first are for those of every round, the second for others."""
+    often, rare = pairs
+    return max(1, min(often if contender.often else rare, contender.most, often))
 
 
 def pair_up(
@@ -61,7 +61,7 @@ def pair_up(
     """
     rng = random.Random(plan.seed)
     running = dict(entries)
-    wanted = {name: least_pairs(entry.contender, plan.rounds) for name, entry in running.items()}
+    wanted = {name: least_pairs(entry.contender, plan.pairs) for name, entry in running.items()}
     rounds = max(wanted.values(), default=0)
     pairs: dict[str, list[Pair]] = {name: [] for name in entries}
     plain_seconds: list[float] = []

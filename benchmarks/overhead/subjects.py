@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import LlamaForCausalLM, Qwen2AudioForConditionalGeneration, WhisperForConditionalGeneration
 
-from benchmarks.overhead.pace import Pace
 from benchmarks.shapes import AUDIO_TOKENS, FRAMES, LABELS, llama_config, qwen2_audio_config, whisper_config
 
 Sample = dict[str, Tensor]
@@ -20,6 +19,8 @@ _ENDLESS = 1 << 20
 _TEXT = 64
 _VOCABULARY, _SHORT_VOCABULARY = 32_000, 8_000
 _AUDIO_TOKEN = _VOCABULARY - 1
+_BATCH = ("idle", "sampled", "passes", "returned", "by-hand")
+"""What a model is measured with a second time, in a batch: enough to see how the cost grows with it."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +34,11 @@ class Subject:
         sample: Makes one sample from a generator.
         batch: Samples a step on a CPU, and on a GPU.
         share: Its part of the time that the whole benchmark has.
-        pace: How long its steps are.
+        pairs: Pairs at least: of idle and of sampled steps, and of every other contender.
+        short: Whether its steps are so short that hundreds of pairs are to be had.
         small: Whether it is of the size that the targets speak of.
         audio: Whether it hears audio, so that counterfactual passes have something to change.
+        only: The contenders that it is measured with; all where none are named.
     """
 
     name: str
@@ -44,9 +47,11 @@ class Subject:
     sample: Callable[[torch.Generator], Sample]
     batch: tuple[int, int]
     share: float
-    pace: Pace = Pace.LONG
+    pairs: tuple[int, int]
+    short: bool = False
     small: bool = False
     audio: bool = True
+    only: tuple[str, ...] = ()
 
     def batch_size(self, device: str) -> int:
         """Return the number of samples a step on ``"cpu"`` or ``"cuda"``."""
@@ -119,11 +124,11 @@ def text_sample(generator: torch.Generator, *, vocabulary: int, tokens: int) -> 
 
 
 SUBJECTS = (
-    Subject("tiny", "Whisper, tiny's shape", whisper("tiny"), whisper_sample, (1, 16), 0.25, Pace.MIDDLING),
-    Subject("tiny-8", "Whisper, tiny's shape, 8 clips", whisper("tiny"), whisper_sample, (8, 64), 0.1),
-    Subject("base", "Whisper, base's shape", whisper("base"), whisper_sample, (1, 16), 0.08),
-    Subject("small", "Whisper, small's shape", whisper("small"), whisper_sample, (1, 8), 0.15, small=True),
-    Subject("qwen2_audio", "Qwen2-Audio's layout, 2 + 2 layers", qwen2_audio, qwen2_audio_sample, (1, 4), 0.11),
+    Subject("tiny", "Whisper, tiny's shape", whisper("tiny"), whisper_sample, (1, 16), 0.25, (24, 6)),
+    Subject("tiny-8", "Whisper, tiny's shape, 8 clips", whisper("tiny"), whisper_sample, (8, 64), 0.1, (6, 2), only=_BATCH),
+    Subject("base", "Whisper, base's shape", whisper("base"), whisper_sample, (1, 16), 0.08, (16, 4)),
+    Subject("small", "Whisper, small's shape", whisper("small"), whisper_sample, (1, 8), 0.15, (24, 3), small=True),
+    Subject("qwen2_audio", "Qwen2-Audio's layout, 2 + 2 layers", qwen2_audio, qwen2_audio_sample, (1, 4), 0.11, (8, 3)),
     Subject(
         name="llama",
         title="Llama, 4 layers of 768",
@@ -131,7 +136,7 @@ SUBJECTS = (
         sample=partial(text_sample, vocabulary=_VOCABULARY, tokens=512),
         batch=(1, 16),
         share=0.15,
-        pace=Pace.MIDDLING,
+        pairs=(24, 6),
         audio=False,
     ),
     Subject(
@@ -141,7 +146,8 @@ SUBJECTS = (
         sample=partial(text_sample, vocabulary=_SHORT_VOCABULARY, tokens=128),
         batch=(1, 1),
         share=0.26,
-        pace=Pace.SHORT,
+        pairs=(2000, 12),
+        short=True,
         audio=False,
     ),
 )

@@ -10,21 +10,21 @@ from typing import Any
 import torch
 import transformers
 
-import probe
+from benchmarks.machine import machine as described
+from benchmarks.machine import revision
 
 
 def machine(device: torch.device) -> dict[str, Any]:
     """Return what the figures hold for."""
-    on_gpu = device.type == "cuda"
     return {
         "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else f"CPU ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "device": described(device.type),
         "cores": os.cpu_count(),
         "load": [round(value, 2) for value in os.getloadavg()],
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "probe": probe.__version__,
+        "probe": revision(),
     }
 
 
