@@ -10,7 +10,7 @@
 #   make bench-units  measure what one unit of the probe's work costs; writes benchmarks/results/units-*.json
 #   make bench-gpu    check synchronisations, copies, kernels and gaps of sampled steps on a CUDA device, where there is one
 #   make scaling      compute the cost on many ranks and for 70B models from the units; writes docs/scaling.md
-#   make bench        measure what the probe costs beside a plain Trainer and other tools; writes docs/overhead.md; about an hour on two cores
+#   make bench        measure what the probe costs beside a plain Trainer and other tools; writes docs/overhead.md; about two hours on two cores
 #   make exactness    measure attention, heads and loss audit against independent references; writes docs/exactness.md
 #   make verdicts     train the example voice cloner and broken variants of it over five seeds; writes docs/verdicts-table.md
 #   make faults       break trainings on purpose, and see what the findings say; writes docs/faults.md

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -459,6 +460,28 @@ def test_the_command_writes_results_and_page(tmp_path: Path, monkeypatch: pytest
     assert [model.name for model in run.models] == ["toy"] and run.failed == {"a wide one": "MemoryError: too wide"}
     text = (tmp_path / "overhead.md").read_text(encoding="utf-8")
     assert "a wide one was not measured: MemoryError: too wide" in text and "the probe, unsampled step" in text
+
+
+def test_memory_of_the_model_before_counts_as_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How many copies of a model there is room for is asked when none of another model's is left."""
+    made: list[weakref.ref[nn.Module]] = []
+    alive: list[int] = []
+
+    def noting(attention: str) -> nn.Module:
+        model = build(attention, random=False)
+        if next(model.parameters()).device.type == "cpu":
+            made.append(weakref.ref(model))
+        return model
+
+    def counting(device: str) -> float:
+        alive.append(sum(model() is not None for model in made))
+        return 1.0
+
+    monkeypatch.setattr(command, "SUBJECTS", (replace(QUIET, build=noting), replace(QUIET, name="second", title="a second one")))
+    monkeypatch.setattr(command, "_memory_gib", counting)
+    flags = ["--contenders", "idle", "--pairs", "1", "--minutes", "0"]
+    command.main([*flags, "--results", str(tmp_path / "overhead-x-cpu.json"), "--docs", str(tmp_path)])
+    assert len(made) == 2 and alive == [0, 0]
 
 
 def test_results_of_other_models_stand_beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

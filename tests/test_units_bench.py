@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,9 @@ def test_attention_is_judged_by_its_worst_case() -> None:
     assert [one.met for one in attention.target([row(0.05, 0.04), whole()], held)] == [True, True]
     assert attention.target([row(0.06, 0.04), whole()], held)[0].met is False
     assert attention.target([row(0.05, 0.051), whole()], held)[0].met is False
+    some = attention.target([row(0.06, 0.04), replace(row(0.05, 0.04), clips=4), whole()], held)[0]
+    assert some.met is False and some.why.endswith("layer itself is small; the bound is kept by tiny with 4 clips (5.0%, later 4.0%)")
+    assert "the bound is kept by" not in attention.target([row(0.06, 0.04), whole()], held)[0].why
     over = [*held, attention.AttentionMemory("tiny", 1, 1.1, 20.0)]
     assert attention.target([row(0.05, 0.04), whole()], over)[1].met is False
 

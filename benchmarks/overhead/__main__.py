@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import platform
@@ -52,6 +53,7 @@ def run(options: argparse.Namespace) -> Iterator[Results]:
         results = _others(read(options.add), results, subjects)
     earlier = results.minutes
     for subject in subjects:
+        gc.collect()  # what the model before it left, else less memory is counted as free
         budget = Budget(
             pairs=(_at_most(options.pairs, subject.pairs[0]), _at_most(options.pairs, subject.pairs[1])),
             seconds=60 * options.minutes * subject.share / sum(each.share for each in subjects),
