@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from benchmarks.overhead.contenders import contenders
 from benchmarks.overhead.results import Results
 
 # Colours of medium lightness, told apart by those who see no red or green, on white and on black. Source: Okabe and Ito.
@@ -19,7 +20,8 @@ def draw(results: Results, path: Path) -> None:
 
     shown = [row for model in results.models for row in model.rows if row.ratio is not None]
     names = {row.name: row.title.replace("`", "").partition(": ")[0] for row in shown}
-    keys = list(names)
+    order = [contender.name for contender in contenders()]
+    keys = sorted(names, key=lambda name: order.index(name) if name in order else len(order))
     with mpl.rc_context({"svg.hashsalt": "probe", "svg.fonttype": "path", "font.size": 9}):
         figure = Figure(figsize=(9, 1.2 + 0.32 * len(keys)), layout="constrained")
         axes = figure.add_subplot()
