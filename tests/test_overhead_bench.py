@@ -338,6 +338,7 @@ def test_every_contender_is_measured_with_every_model() -> None:
     measured = {subject.name: {each.name for each in chosen([], subject)} for subject in SUBJECTS}
     assert measured["tiny"] == measured["base"] == measured["small"] == measured["qwen2_audio"] == long
     assert (measured["llama"], measured["short"]) == (long - {"passes"}, everything - {"passes"})
+    assert measured["tiny-8"] == {"idle", "sampled", "passes", "returned", "by-hand"}
 
 
 def test_every_observer_is_in_one_feature() -> None:
